@@ -1,0 +1,65 @@
+"""lpt-fast: Late Prompt Tuning as a PEFT method.
+
+`import lpt_fast` makes PEFT know the method "LPT", so that saved adapters load by PEFT's and Transformers' own
+classes. It costs nothing: what is heavy (torch, transformers, peft) is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "LPTConfig": "config",
+    "LPTModel": "tuner",
+    "LatePrompt": "late_prompt",
+}
+__all__ = ["LPTConfig", "LPTModel", "LatePrompt", "__version__"]
+
+
+def __getattr__(name: str):
+    if name in _EXPORTS:
+        import peft  # noqa: F401  registers the method
+
+        return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])
+
+
+def _register() -> None:
+    importlib.import_module(".tuner", __name__).register()
+
+
+class _AfterPeft(importlib.abc.MetaPathFinder):
+    """Registers the method directly after `peft` has been imported, whoever imports it and when.
+
+    Importing peft here instead would cost every `lpt-fast --help` several seconds.
+    """
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != "peft":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module):
+                execute(module)
+                _register()
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+if "peft" in sys.modules:
+    _register()
+else:
+    sys.meta_path.insert(0, _AfterPeft())

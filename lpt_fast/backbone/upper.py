@@ -1,0 +1,145 @@
+"""The upper half of a backbone in its padded form: layers k+1..L over [prompt; hidden], by the model's own code."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor, nn
+
+from .copies import cut_copy, set_submodule, shallow_copy
+from .families import Family, get_layers
+from .layout import PromptLayout
+
+
+class UpperCache:
+    """The KV cache as the layers above the insertion must see it.
+
+    They hold m more entries than the layers below, so lengths and mask sizes have to be read from them, while the
+    attention modules go on to write under their own layer numbers.
+    """
+
+    def __init__(self, cache, k: int):
+        self._cache = cache
+        self._k = k
+
+    def __getattr__(self, name):
+        return getattr(self._cache, name)
+
+    def __len__(self):
+        return max(0, len(self._cache) - self._k)
+
+    @property
+    def layers(self):
+        return self._cache.layers[self._k :]
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return list(self._cache.is_sliding)[self._k :]
+
+    def update(self, keys, values, layer_idx, *args, **kwargs):
+        return self._cache.update(keys, values, layer_idx, *args, **kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:
+        return self._cache.get_seq_length(layer_idx + self._k, *args, **kwargs)
+
+    def get_mask_sizes(self, query_length, layer_idx: int):
+        return self._cache.get_mask_sizes(query_length, layer_idx + self._k)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self._cache.get_query_offset(layer_idx + self._k)
+
+
+def _checkpointed(layer: nn.Module) -> nn.Module:
+    """A copy of a layer in eval mode that recomputes itself in the backward.
+
+    Transformers checkpoints a layer only while it is in training mode, and a frozen layer is not. The copy is in
+    training mode itself; its children keep their mode, and a dropout of its own is switched off.
+    """
+    clone = shallow_copy(layer)
+    clone.training = True
+    if isinstance(getattr(clone, "dropout", None), float):
+        clone.dropout = 0.0
+    return clone
+
+
+def _with_position_bias(layer: nn.Module, first: nn.Module) -> nn.Module:
+    """T5: a copy of layer k+1 that makes the relative position bias itself, with the table of layer 1."""
+    table = first.layer[0].SelfAttention.relative_attention_bias
+    attention = shallow_copy(layer.layer[0].SelfAttention)
+    attention.has_relative_attention_bias = True
+    attention.relative_attention_bias = table
+    sublayer = shallow_copy(layer.layer[0])
+    sublayer.SelfAttention = attention
+    clone = shallow_copy(layer)
+    clone.layer = nn.ModuleList([sublayer, *layer.layer[1:]])
+    return clone
+
+
+def build_upper(backbone: nn.Module, family: Family, k: int, training: bool) -> nn.Module:
+    """A copy of `backbone` (same weights) that starts at layer k+1 and takes `inputs_embeds` as its input.
+
+    Args:
+        backbone: the whole backbone.
+        family: its line of the table.
+        k: the insertion layer.
+        training: whether the model trains (gradient checkpointing asks for it).
+    """
+    layers = list(get_layers(backbone, family))
+    above = layers[k:]
+    if family.bias_owner:
+        above[0] = _with_position_bias(above[0], layers[0])
+    if training:
+        above = [
+            _checkpointed(layer)
+            if getattr(layer, "gradient_checkpointing", False) and not layer.training
+            else layer
+            for layer in above
+        ]
+    upper = cut_copy(backbone, family.layers, above)
+    upper.training = training
+    family.skip_embeddings(upper)
+    if family.pooler:
+        # Row 0 is a prompt row here; the pooler runs on the stripped rows.
+        setattr(upper, family.pooler, None)
+    if family.first_layer_extra:
+        set_submodule(upper, family.first_layer_extra, None)
+    if family.layer_types:
+        upper.config = copy.copy(backbone.config)
+        upper.config.layer_types = list(backbone.config.layer_types)[k:]
+    return upper
+
+
+def run_upper(
+    backbone: nn.Module,
+    family: Family,
+    k: int,
+    rows: Tensor,
+    layout: PromptLayout,
+    *,
+    training: bool,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    past_key_values=None,
+    **kwargs,
+):
+    """Layers k+1..L over rows [B, S', D] that hold the prompt already.
+
+    Args:
+        backbone, family, k: as for `run_lower`.
+        rows: prompt and text rows; text rows alone in a decoding step (the prompt is in the cache).
+        layout: where the prompt stands.
+        training: whether the model trains.
+        attention_mask: [B, T + m] over everything attended to, or None for all.
+        position_ids: [B, S'] or None.
+        past_key_values: the whole model's cache, or None.
+        kwargs: for the backbone's own forward.
+
+    Returns:
+        The backbone's usual output; its rows still hold the prompt.
+    """
+    upper = build_upper(backbone, family, k, training)
+    if family.takes_positions:
+        kwargs["position_ids"] = position_ids
+    if past_key_values is not None:
+        kwargs["past_key_values"] = UpperCache(past_key_values, k)
+    return upper(inputs_embeds=rows, attention_mask=attention_mask, **kwargs)

@@ -1,0 +1,457 @@
+"""LatePrompt: the module that makes a backbone run as lower half -> prompt -> upper half -> strip."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from .backbone.copies import LATE_PROMPT
+from .backbone.families import Family, get_layers
+from .backbone.layout import PromptLayout, check
+from .backbone.lower import run_lower
+from .backbone.upper import run_upper
+from .config import LPTConfig
+from .generators import PromptGenerator, build_generator
+
+try:  # The place is internal to transformers; without it, hidden states are still captured, but maybe twice.
+    from transformers.utils.output_capturing import maybe_install_capturing_hooks
+except ImportError:  # pragma: no cover
+    maybe_install_capturing_hooks = None
+
+# What the lower half needs to make its input; the upper half gets that as `inputs_embeds`.
+_INPUTS = ("input_ids", "inputs_embeds", "token_type_ids", "attention_mask", "position_ids")
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+
+
+@lru_cache(maxsize=64)
+def parameter_names(forward) -> tuple[str, ...]:
+    """Names of the arguments of a class's `forward`, without self."""
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+@dataclass
+class _Call:
+    """What one call of the whole model says beyond what reaches the backbone."""
+
+    context_lengths: Tensor | None = None
+    labels: Tensor | None = None
+
+
+class LatePrompt(nn.Module, BaseTunerLayer):
+    """The adapter's place in a backbone: holds the prompt generators and takes over the backbone's forward.
+
+    It is a child of the backbone (`backbone.late_prompt`), not a wrapper around it: the names, the class and the tied
+    weights of the base model stay as they are, and a bare `AutoModel` can be adapted in place.
+
+    Args:
+        root: the whole model, whose calls carry labels and context lengths.
+        backbone: the module that is split.
+        family: its line of the table of families.
+        causal_lm: whether labels of the model are the tokens to generate, so that the context ends before them.
+    """
+
+    adapter_layer_names = ("lpt_generator",)
+    other_param_names = ("lpt_config",)
+
+    def __init__(self, root: nn.Module, backbone: nn.Module, family: Family, causal_lm: bool):
+        super().__init__()
+        self.lpt_generator = nn.ModuleDict()
+        self.lpt_config: dict[str, LPTConfig] = {}
+        self.family = family
+        self.causal_lm = causal_lm
+        self.merged_adapters = []
+        # A list hides them from nn.Module: they hold this module, not the other way round.
+        self._outside = [root, backbone]
+        self._call = _Call()
+        self._generation: list | None = None  # the one slot: context lengths of the running generate()
+        self._base_labels = _labels_of(root)
+
+    # -- life of the module ------------------------------------------------------------------------------------
+
+    @property
+    def root(self) -> nn.Module:
+        return self._outside[0]
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self._outside[1]
+
+    def attach(self) -> None:
+        """Makes this module a child of the backbone and its forward the backbone's."""
+        root, backbone = self.root, self.backbone
+        backbone.add_module(LATE_PROMPT, self)
+        backbone.forward = self.run
+        self._hook = root.register_forward_pre_hook(self._note_call, with_kwargs=True)
+        if hasattr(root, "generate"):
+            root.generate = self.generate
+        # Trainer takes **kwargs in `forward` as a promise that the loss is divided by num_items_in_batch. Models
+        # other than causal language models do not, and with gradient accumulation their loss would come out several
+        # times too large.
+        self._sets_loss_flag = not self.causal_lm and not hasattr(root, "accepts_loss_kwargs")
+        if self._sets_loss_flag:
+            root.accepts_loss_kwargs = False
+
+    def detach(self) -> None:
+        """Gives the model back as it was."""
+        root, backbone = self.root, self.backbone
+        del backbone._modules[LATE_PROMPT]
+        del backbone.forward
+        self._hook.remove()
+        root.__dict__.pop("generate", None)
+        if self._sets_loss_flag:
+            del root.accepts_loss_kwargs
+        _set_labels(root, self._base_labels)
+
+    def add_generator(self, adapter_name: str, config: LPTConfig, inference_mode: bool) -> None:
+        """Adds the generator of a new adapter, on the device of the layer before the insertion."""
+        backbone, family = self.backbone, self.family
+        dropout = config.prompt_dropout
+        if dropout is None:
+            dropout = family.default_dropout(backbone.config)
+        generator = build_generator(config, backbone.config.hidden_size, dropout, family.causal)
+        weight = next(get_layers(backbone, family)[config.insertion_layer - 1].parameters())
+        on_meta = any(p.is_meta for p in generator.parameters())
+        if not on_meta and not weight.is_meta:
+            generator.to(weight.device)
+        if weight.is_floating_point():
+            generator.to(weight.dtype)
+        self.lpt_generator[adapter_name] = generator
+        self.lpt_config[adapter_name] = config
+        if config.init_from_vocab and not on_meta and not inference_mode:
+            self._init_from_vocab(generator, config)
+        generator.train(self.training)
+
+    @torch.no_grad()
+    def _init_from_vocab(self, generator: PromptGenerator, config: LPTConfig) -> None:
+        """Starts a static prompt from the states of m random tokens after layer k, read as one short text."""
+        weight = generator.prompt_embedding.weight
+        ids = torch.randint(self.backbone.config.vocab_size, (1, config.num_virtual_tokens))
+        device = next(self.backbone.parameters()).device
+        out = run_lower(
+            self.backbone,
+            self.family,
+            config.insertion_layer,
+            {"input_ids": ids.to(device), "return_dict": True},
+        )
+        weight.copy_(out.last_hidden_state[0])
+
+    # -- PEFT's view -------------------------------------------------------------------------------------------
+
+    def get_base_layer(self) -> nn.Module:
+        return self.backbone
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if len(names) > 1:
+            raise ValueError(
+                f"Late Prompt Tuning runs one adapter at a time, got {names}. Set one of them."
+            )
+        super().set_adapter(names, inference_mode=inference_mode)
+        self._sync()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self._sync()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device=None) -> None:
+        """After loading with low_cpu_mem_usage: to the device of the backbone; the dtype is the adapter's own."""
+        if adapter_name in self.lpt_generator:
+            target = device or next(self.backbone.parameters()).device
+            self.lpt_generator[adapter_name].to(target)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(NO_MERGE)
+
+    def unmerge(self) -> None:
+        raise ValueError(NO_MERGE)
+
+    @property
+    def active_config(self) -> LPTConfig | None:
+        """Configuration of the adapter that runs; None while adapters are disabled or none is active."""
+        names = [n for n in self.active_adapters if n in self.lpt_config]
+        return self.lpt_config[names[0]] if names and not self.disable_adapters else None
+
+    # -- modes and labels --------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        # nn.Module.train has visited the layers before this youngest child of the backbone.
+        self._sync_modes()
+        return self
+
+    def _sync(self) -> None:
+        self._sync_modes()
+        config = self.active_config
+        labels = None if config is None else (config.num_labels, config.id2label)
+        _set_labels(self.root, labels if labels and labels[0] else self._base_labels)
+
+    def _sync_modes(self) -> None:
+        """Frozen layers in eval mode: those below the insertion always, those above unless upper_dropout is set."""
+        config = self.active_config
+        if config is None:
+            return
+        family, k = self.family, config.insertion_layer
+        layers = get_layers(self.backbone, family)
+        # Everything but the layers (they have their turn) and what trains: embeddings and final norms.
+        others = {*self.backbone._modules} - {LATE_PROMPT, family.pooler, family.layers.split(".")[0]}
+        live = self.training and config.upper_dropout
+        above = [*layers[k:], *(getattr(self.backbone, name) for name in others & {*family.after})]
+        below = [*layers[:k], *(getattr(self.backbone, name) for name in others - {*family.after})]
+        for modules, mode in ((below, False), (above, live)):
+            for module in modules:
+                if module is not None:
+                    module.train(mode)
+
+    # -- the forward -------------------------------------------------------------------------------------------
+
+    def _note_call(self, root: nn.Module, args: tuple, kwargs: dict):
+        """Before each call of the whole model: takes what the backbone will not be given."""
+        if args:
+            names = parameter_names(type(root).forward)
+            labels = kwargs.get("labels", dict(zip(names, args, strict=False)).get("labels"))
+        else:
+            labels = kwargs.get("labels")
+        self._call = _Call(kwargs.pop("context_lengths", None), labels)
+        return args, kwargs
+
+    def generate(self, *args, context_lengths=None, **kwargs):
+        """The model's own `generate`, in which the context stays the prompt text, with or without a KV cache.
+
+        Args:
+            args, kwargs: those of `transformers.GenerationMixin.generate`.
+            context_lengths: tokens of each example that the prompt is made from; default: all of the input's.
+        """
+        config = kwargs.get("generation_config") or getattr(self.root, "generation_config", None)
+        for name in ("prefill_chunk_size", "assistant_model", "prompt_lookup_num_tokens"):
+            if kwargs.get(name, getattr(config, name, None)) is not None and self.active_config:
+                raise ValueError(
+                    f"generate() got `{name}`, which Late Prompt Tuning does not support: the prompt is made once, "
+                    "from the whole context, and stays in the KV cache. Leave it out."
+                )
+        self._generation = [context_lengths]
+        try:
+            return type(self.root).generate(self.root, *args, **kwargs)
+        finally:
+            self._generation = None
+
+    def run(self, *args, **kwargs):
+        """The backbone's forward. Arguments and output are those of the backbone's class."""
+        backbone, family = self.backbone, self.family
+        call, self._call = self._call, _Call()
+        config = self.active_config
+        forward = type(backbone).forward
+        if config is None:
+            return forward(backbone, *args, **kwargs)
+        names = parameter_names(forward)
+        kwargs.update(zip(names, args, strict=False))
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        return_dict = kwargs.pop("return_dict", getattr(backbone.config, "return_dict", True))
+        wanted = self._capture(kwargs)
+        if self.training:
+            self._sync_modes()
+
+        k, m = config.insertion_layer, config.num_virtual_tokens
+        cache = self._cache(kwargs)
+        past = 0 if cache is None else cache.get_seq_length()
+        if past and cache.get_seq_length(k) != past + m:
+            raise ValueError(
+                f"The KV cache holds {past} entries below the insertion and {cache.get_seq_length(k)} above, expected "
+                f"{past + m} (the prompt takes {m}): it was filled by another adapter or by the base model, or it "
+                "was cropped. Start with an empty cache."
+            )
+        inputs = {name: kwargs.pop(name) for name in _INPUTS if name in kwargs}
+        self._check_inputs(inputs, kwargs)
+        kwargs["return_dict"] = True
+
+        lower = run_lower(backbone, family, k, {**inputs, **kwargs})
+        hidden = lower.last_hidden_state  # [B, S, D]
+        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+        tokens = None if mask is None else mask.bool()
+        layout = PromptLayout.from_mask(tokens, m)
+        if past:
+            rows = hidden
+            positions = None if positions is None else positions + m
+        else:
+            readable = self._readable(tokens, hidden, call)
+            generator = self.lpt_generator[self.active_adapters[0]]
+            rows = layout.insert(generator(hidden, readable), hidden)
+            positions = layout.extend_positions(positions, len(hidden))
+        upper = run_upper(
+            backbone,
+            family,
+            k,
+            rows,
+            layout,
+            training=self.training,
+            attention_mask=layout.extend_mask(mask),
+            position_ids=positions,
+            **kwargs,
+        )
+        strip = (lambda rows: rows) if past else layout.strip
+        output = self._assemble(lower, upper, strip, cache, wanted)
+        return output if return_dict else output.to_tuple()
+
+    def _capture(self, kwargs: dict):
+        """Which hidden states are asked for: False, True or a selection of indices; asks the halves for all."""
+        wanted = kwargs.get("output_hidden_states", self.backbone.config.output_hidden_states)
+        if wanted is not None and wanted is not False:
+            kwargs["output_hidden_states"] = True
+        attentions = kwargs.get("output_attentions", self.backbone.config.output_attentions)
+        if (wanted or attentions) and maybe_install_capturing_hooks is not None:
+            # The hooks go on the layers, which the halves share. Installed by each half, each would report twice.
+            if hasattr(type(self.backbone), "_can_record_outputs"):
+                maybe_install_capturing_hooks(self.backbone)
+        return wanted
+
+    def _cache(self, kwargs: dict):
+        """The KV cache of the whole model, made here where the caller wants one and brought none."""
+        if not self.family.causal:
+            return None
+        cache = kwargs.get("past_key_values")
+        use_cache = kwargs.get("use_cache", getattr(self.backbone.config, "use_cache", False))
+        checkpointing = any(
+            getattr(layer, "gradient_checkpointing", False)
+            for layer in get_layers(self.backbone, self.family)
+        )
+        if self.training and checkpointing:
+            use_cache = False
+        kwargs["use_cache"] = use_cache
+        if not use_cache and cache is None:
+            return None
+        if cache is None:
+            cache = DynamicCache(config=self.backbone.config)
+        if any("Static" in type(layer).__name__ for layer in getattr(cache, "layers", ())):
+            raise ValueError(
+                "Late Prompt Tuning got a static KV cache, which has no room for the prompt rows of the layers "
+                "above the insertion. Use a dynamic cache (cache_implementation='dynamic')."
+            )
+        kwargs["past_key_values"] = cache
+        return cache
+
+    def _check_inputs(self, inputs: dict, kwargs: dict) -> None:
+        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            got = f"{mask.dim()}-D" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"Late Prompt Tuning needs the 2-D attention_mask [B, S] of the tokenizer, got {got}: the prompt "
+                "rows have to be added to it."
+            )
+        if kwargs.get("encoder_hidden_states") is not None:
+            raise ValueError(
+                "Late Prompt Tuning got encoder_hidden_states; cross-attention in the adapted backbone is not known."
+            )
+        packed = [name for name in _PACKED if kwargs.get(name) is not None]
+        if not packed and mask is None and positions is not None and positions.shape[1] > 1:
+            packed = ["position_ids that restart"] if (positions.diff(dim=1) != 1).any() else []
+        if packed:
+            raise ValueError(
+                f"Late Prompt Tuning got several texts packed into one row ({packed[0]}); give one text per row, "
+                "padded, with an attention_mask."
+            )
+
+    def _readable(self, tokens: Tensor | None, hidden: Tensor, call: _Call) -> Tensor:
+        """Which positions the generator may read: the example's tokens, in decoders those of the context.
+
+        bool [B, S]. Raises ValueError for an example without any, and for context lengths that cannot be.
+        """
+        batch, length = hidden.shape[:2]
+        if tokens is None:
+            tokens = torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
+        tokens = tokens[:, -length:]
+        check(
+            tokens.any(1),
+            "An example of the batch has no attended token; every row of attention_mask needs at least one 1.",
+        )
+        if not self.family.causal:
+            return tokens
+        given = call.context_lengths
+        if self._generation is not None and given is None:
+            if self._generation[0] is None:
+                self._generation[0] = tokens.sum(1)
+            given = self._generation[0]
+        if given is not None:
+            context = torch.as_tensor(given, device=hidden.device)
+            if context.dim() != 1 or batch % max(1, len(context)):
+                raise ValueError(
+                    f"`context_lengths` must hold one number for each of the {batch} examples, got the shape "
+                    f"{tuple(context.shape)}."
+                )
+            context = context.repeat_interleave(batch // len(context))  # beams
+            count = tokens.sum(1)
+            check(
+                (context >= 1) & (context <= count),
+                f"`context_lengths` must be between 1 and the number of attended tokens of each example, got "
+                f"{_short(context)} for {_short(count)} tokens.",
+            )
+            return tokens & (tokens.long().cumsum(1) <= context[:, None])
+        labels = call.labels
+        if self.causal_lm and labels is not None:
+            before_answer = (labels != -100).long().cumsum(1) == 0
+            readable = tokens & before_answer.to(tokens.device)
+            check(
+                readable.any(1),
+                "An example's labels begin at its first token, which leaves no context to make the prompt from; set "
+                "the labels of the context to -100, or give `context_lengths`.",
+            )
+            return readable
+        return tokens
+
+    def _assemble(self, lower, upper, strip, cache, wanted):
+        """The backbone's usual output from those of the two halves."""
+        fields = {f.name: upper.get(f.name) for f in dataclasses.fields(upper)}
+        last = strip(upper.last_hidden_state)
+        fields["last_hidden_state"] = last
+        pooler = getattr(self.backbone, self.family.pooler, None) if self.family.pooler else None
+        if pooler is not None:
+            fields["pooler_output"] = pooler(last)
+        if wanted is not None and wanted is not False:
+            states = (*lower.hidden_states, *(strip(rows) for rows in upper.hidden_states[1:]))
+            if wanted is not True:
+                chosen = {wanted} if isinstance(wanted, int) else set(wanted)
+                chosen = {i % len(states) for i in chosen}
+                states = tuple(s if i in chosen else None for i, s in enumerate(states))
+            fields["hidden_states"] = states
+        if fields.get("attentions") is not None:
+            # Maps of the upper layers have m more rows and columns: the prompt's.
+            fields["attentions"] = (*lower.attentions, *upper.attentions)
+        if "past_key_values" in fields and fields["past_key_values"] is not None:
+            fields["past_key_values"] = cache
+        return type(upper)(**fields)
+
+
+NO_MERGE = (
+    "A late prompt depends on the input and cannot be merged into the weights. Keep the adapter (save_pretrained), or "
+    "call unload() for the base model without it."
+)
+
+
+def _short(values: Tensor) -> str:
+    return str(values.tolist() if len(values) <= 8 else [*values[:8].tolist(), "..."])
+
+
+def _labels_of(root: nn.Module):
+    config = getattr(root, "config", None)
+    if getattr(config, "num_labels", None) is None:
+        return None
+    return config.num_labels, dict(config.id2label)
+
+
+def _set_labels(root: nn.Module, labels) -> None:
+    """Gives the model the label space of an adapter: heads read `num_labels` for the loss, users `id2label`."""
+    if labels is None or getattr(root, "config", None) is None:
+        return
+    num_labels, names = labels
+    if hasattr(root, "num_labels"):
+        root.num_labels = num_labels
+    if names is None:
+        root.config.num_labels = num_labels
+    else:
+        root.config.id2label = dict(names)
+        root.config.label2id = {name: i for i, name in names.items()}

