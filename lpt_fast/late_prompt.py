@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -158,6 +159,10 @@ class LatePrompt(nn.Module, BaseTunerLayer):
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
+        for module in self.root.modules():
+            # `model.enable_adapters()` of transformers forgets the heads that its disable_adapters() switched off.
+            if isinstance(module, ModulesToSaveWrapper):
+                module.enable_adapters(enabled)
         self._sync()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device=None) -> None:

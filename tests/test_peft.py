@@ -148,10 +148,10 @@ def test_several_adapters(tmp_path):
         model.base_model.set_adapter(["default", "second"])
 
 
+@torch.no_grad()  # sdpa takes another way when weights want gradients, and "exactly" means exactly
 @pytest.mark.parametrize("family", FAMILIES)
 def test_disable_and_unload_give_the_base_model(family):
-    kind = "base"
-    base = tiny(family, kind)
+    base = tiny(family)
     inputs = batch("left")
     expected = base(**inputs).last_hidden_state
     names = list(base.state_dict())

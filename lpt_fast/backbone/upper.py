@@ -6,47 +6,10 @@ import copy
 
 from torch import Tensor, nn
 
+from .cache_view import CacheView
 from .copies import cut_copy, set_submodule, shallow_copy
 from .families import Family, get_layers
 from .layout import PromptLayout
-
-
-class UpperCache:
-    """The KV cache as the layers above the insertion must see it.
-
-    They hold m more entries than the layers below, so lengths and mask sizes have to be read from them, while the
-    attention modules go on to write under their own layer numbers.
-    """
-
-    def __init__(self, cache, k: int):
-        self._cache = cache
-        self._k = k
-
-    def __getattr__(self, name):
-        return getattr(self._cache, name)
-
-    def __len__(self):
-        return max(0, len(self._cache) - self._k)
-
-    @property
-    def layers(self):
-        return self._cache.layers[self._k :]
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        return list(self._cache.is_sliding)[self._k :]
-
-    def update(self, keys, values, layer_idx, *args, **kwargs):
-        return self._cache.update(keys, values, layer_idx, *args, **kwargs)
-
-    def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:
-        return self._cache.get_seq_length(layer_idx + self._k, *args, **kwargs)
-
-    def get_mask_sizes(self, query_length, layer_idx: int):
-        return self._cache.get_mask_sizes(query_length, layer_idx + self._k)
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self._cache.get_query_offset(layer_idx + self._k)
 
 
 def _checkpointed(layer: nn.Module) -> nn.Module:
@@ -141,5 +104,5 @@ def run_upper(
     if family.takes_positions:
         kwargs["position_ids"] = position_ids
     if past_key_values is not None:
-        kwargs["past_key_values"] = UpperCache(past_key_values, k)
+        kwargs["past_key_values"] = CacheView(past_key_values, k, None)
     return upper(inputs_embeds=rows, attention_mask=attention_mask, **kwargs)
