@@ -14,7 +14,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",
-        "peft>=0.19",
+        "peft>=0.21",
         "accelerate>=1.1",
         "safetensors>=0.4.3",
         "datasets>=3.0",

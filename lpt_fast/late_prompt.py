@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -406,6 +407,13 @@ class LatePrompt(nn.Module, BaseTunerLayer):
                 "the labels of the context to -100, or give `context_lengths`.",
             )
             return readable
+        if self.causal_lm and self.training and torch.is_grad_enabled():
+            warnings.warn(
+                "A causal language model trains without labels or context_lengths in its forward, so the prompt is "
+                "made from every attended token, the answer included. (With label smoothing or a loss function of "
+                "its own, Trainer takes the labels away: pass context_lengths.)",
+                stacklevel=2,
+            )
         return tokens
 
     def _assemble(self, lower, upper, strip, cache, wanted):

@@ -35,6 +35,10 @@ class LPTModel(BaseTuner):
     tuner_layer_cls = LatePrompt
     target_module_mapping: dict = {}
 
+    def forward(self, *args, **kwargs):
+        # By call and not by .forward(), which would pass by the hook that notes labels and context lengths.
+        return self.model(*args, **kwargs)
+
     # -- injection ---------------------------------------------------------------------------------------------
 
     def _prepare_adapter_config(self, peft_config: LPTConfig, model_config) -> LPTConfig:

@@ -25,7 +25,7 @@ def adapted(family, attention=None, **config):
     """The base model untouched, and an adapted copy of it with its generator and backbone."""
     base = tiny(family, attention=attention)
     torch.manual_seed(7)
-    settings = {"bottleneck_size": 6, "num_virtual_tokens": M, "prompt_dropout": 0.0, **config}
+    settings = {"bottleneck_size": 16, "num_virtual_tokens": M, "prompt_dropout": 0.0, **config}
     model = get_peft_model(copy.deepcopy(base), LPTConfig(**settings))
     generator = find_backbone(model.get_base_model())[1].late_prompt.lpt_generator["default"]
     return base, model, generator

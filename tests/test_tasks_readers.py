@@ -1,6 +1,8 @@
 """Readers: what the file says is what comes back, and mistakes name file, row and way out."""
 
 import json
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,55 @@ def test_every_kind_gives_back_what_was_written(tmp_path, suffix):
     # No cache that goes stale: the same path, other rows.
     write(path, ROWS[:1])
     assert read_split(str(path)).to_list() == ROWS[:1]
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".csv", ".json", ".jsonl", ".parquet"])
+def test_names_are_no_patterns(tmp_path, suffix):
+    folder = tmp_path / "[ab]*?"
+    folder.mkdir()
+    path = write(folder / f"[1]*?{suffix}")
+    write(folder / f"1{suffix}", ROWS[:1])
+    assert read_split(path).to_list() == ROWS
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".csv"])
+def test_all_is_text_in_tsv_and_csv(tmp_path, suffix):
+    values = ["007", "1.0", "True", "2020-01-01", "inf", "-", "#", " a "]
+    rows = [{"text": value, "label": str(i)} for i, value in enumerate(values)]
+    data = read_split(write(tmp_path / f"a{suffix}", rows))
+    assert data.to_list() == rows
+    assert {feature.dtype for feature in data.features.values()} == {"string"}
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".csv", ".json", ".jsonl", ".parquet"])
+def test_nothing_is_left_behind_and_10_000_rows_are_quick(tmp_path, monkeypatch, capfd, suffix):
+    rows = [{"text": f"the {i}th text", "label": str(i % 5)} for i in range(10_000)]
+    path = write(tmp_path / f"a{suffix}", rows)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    capfd.readouterr()
+    start = time.perf_counter()
+    data = read_split(path, text_columns="text")
+    assert time.perf_counter() - start < 3
+    assert data.cache_files == [] and not list((tmp_path / "tmp").iterdir())
+    path.unlink()
+    assert data.to_list() == rows
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("bars", [True, False])
+def test_settings_of_datasets_come_back(tmp_path, bars):
+    datasets.enable_progress_bars() if bars else datasets.disable_progress_bars()
+    before = datasets.logging.get_verbosity()
+    try:
+        read_split(write(tmp_path / "a.tsv"))
+        (tmp_path / "a.json").write_text("{oops")
+        with pytest.raises(ValueError, match="no JSON"):
+            read_split(tmp_path / "a.json")
+        assert datasets.is_progress_bar_enabled() is bars
+        assert datasets.logging.get_verbosity() == before
+    finally:
+        datasets.enable_progress_bars()
 
 
 def test_json_lines_under_the_name_json_and_a_byte_order_mark(tmp_path):
@@ -152,16 +203,24 @@ def test_no_such_file(source):
         ("a.tsv", "text\ttext\nb\tx\n", "different name"),
         ("a.tsv", "sentence\tlabel\nb\tx\n", r"no column 'text'.*\['sentence', 'label'\]"),
         ("a.tsv", "text\tclass\nb\tx\n", r"no column 'label'.*\['text', 'class'\]"),
-        ("a.tsv", "text\tlabel\na\tx\nb\n", "1 fields in row 2, expected 2"),
-        ("a.tsv", "text\tlabel\na\tb\tx\n", "3 fields in row 1, expected 2"),
-        ("a.csv", "text,label\na,b,x\n", "3 fields in row 1.*double quotes"),
-        ("a.csv", 'text,label\n"a"b,x\n', "no CSV"),
+        ("a.tsv", "text\tlabel\na\tx\nb\n", r"no label \(''\) in row 2"),
+        ("a.tsv", "text\tlabel\na\tb\tx\n", "2 fields in line 2, saw 3.* a tab"),
+        ("a.tsv", "text\tlabel\n" + "a\tx\n" * 10_000 + "a\tb\tx\n", "in line 10002, saw 3"),
+        ("a.csv", "text,label\na,b,x\n", "2 fields in line 2, saw 3.*double quotes"),
+        ("a.csv", 'text,label\n"a,x\n', "no CSV"),
         ("a.tsv", "text\tlabel\na\tx\n\tx\n", "empty text in row 2"),
         ("a.tsv", "text\tlabel\na\tx\nb\t\n", r"no label \(''\) in row 2"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"label": 1}\n', "got None in row 2 of column"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', r"no label \(None\) in row 2"),
-        ("a.jsonl", '{"text": "a", "label": 1}\n{oops\n', "no JSON in row 2"),
-        ("a.json", "[1, 2]", "got a int in row 1"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{oops\n', r"no JSON \(.* in row 2\)"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n' * 5_000 + "{oops", r"no JSON.* in row 5001\)"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n3\n', r"no JSON \(.* to string\), expected"),
+        ("a.jsonl", '{"text": "a", "label": 1}\nnull\n', "got None in row 2 of column"),
+        ("a.json", "[1, 2]", "got no JSON object in row 1"),
+        ("a.json", "null", "got no JSON object in row 1"),
+        ("a.json", '[{"text": "a", "label": 1}, {"label": 1}]', "got None in row 2 of column"),
+        ("a.json", '[{"text": "a", "label": 1}, {"text": "b", "label": "02"}]', "kinds.*'label'"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": ["b"], "label": 1}', "kinds.*'text'"),
         ("a.json", '[{"text": "a", "label": {"x": 1}}, {"text": "b", "label": 2}]', "kinds"),
         ("a.json", "[1,", "no JSON"),
         ("a.parquet", "x" * 99, "no Parquet"),
@@ -172,12 +231,20 @@ def test_mistakes_in_files_are_named(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         read_split(tmp_path / name, text_columns="text")
     assert str(tmp_path / name) in str(caught.value)
+    assert type(caught.value) is ValueError and "\n" not in str(caught.value)
 
 
-def test_not_utf8(tmp_path):
-    (tmp_path / "a.tsv").write_bytes(b"text\tlabel\ncaf\xe9\tx\n")
+def test_no_rows_in_parquet(tmp_path):
+    datasets.Dataset.from_dict({"text": []}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet: got no rows"):
+        read_split(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.jsonl"])
+def test_not_utf8(tmp_path, name):
+    (tmp_path / name).write_bytes(b'{"text": "caf\xe9"}')
     with pytest.raises(ValueError, match="not UTF-8"):
-        read_split(tmp_path / "a.tsv")
+        read_split(tmp_path / name)
 
 
 def test_one_text_of_a_pair_may_be_empty(tmp_path):

@@ -145,11 +145,11 @@ def tiny(family: str, kind: str = "base", attention: str | None = None, seed: in
 
 def batch(side: str = "right", lengths=(9, 4, 7, 1, 3), seed: int = 1) -> dict:
     """input_ids and attention_mask [5, 9], padded on `side` ("none": all rows full)."""
-    torch.manual_seed(seed)
     width = max(lengths)
     if side == "none":
         lengths = [width] * len(lengths)
-    ids = torch.randint(3, VOCAB, (len(lengths), width))
+    own = torch.Generator().manual_seed(seed)  # leaves dropout's generator alone
+    ids = torch.randint(3, VOCAB, (len(lengths), width), generator=own)
     place = torch.arange(width)
     n = torch.tensor(lengths)[:, None]
     mask = place < n if side != "left" else place >= width - n

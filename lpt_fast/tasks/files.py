@@ -1,17 +1,28 @@
-"""One data file -> `datasets.Dataset`, in memory, with errors that name the row."""
+"""One data file -> `datasets.Dataset`, read by `datasets`, held in memory, with nothing cached."""
 
 from __future__ import annotations
 
-import csv
-import json
-import sys
+import glob
+import io
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
-KNOWN_SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
+# Extension -> what it says the file is, and what to do where it is not.
+_KINDS = {
+    ".tsv": ("TSV", "write a tab in a text as a space"),
+    ".csv": ("CSV", "put a text with commas in double quotes, or save as .tsv, without quoting"),
+    ".jsonl": ("JSON", "write one object a line"),
+    ".json": ("JSON", "write one object a line or a list of objects"),
+    ".parquet": ("Parquet", "write it again or correct its extension"),
+}
+KNOWN_SUFFIXES = tuple(_KINDS)
 
 
 def read_file(path: Path) -> Dataset:
@@ -28,130 +39,120 @@ def read_file(path: Path) -> Dataset:
             f"{path}: got the extension {suffix!r}, expected one of {', '.join(KNOWN_SUFFIXES)}: "
             "convert or rename the file"
         )
-    if suffix == ".parquet":
-        return _read_parquet(path)
-    try:
+    # Not `load_dataset`, which reports each use to the hub. A path is a glob pattern to `datasets`.
+    source = glob.escape(str(path.absolute()))
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        options: dict[str, Any] = {"cache_dir": folder, "keep_in_memory": True}
+        if suffix == ".parquet":
+            with _mistakes_named(path):
+                return Dataset.from_parquet(source, **options)
+        content = _read_text(path)
+        # One chunk, so that kinds and fields are compared in all rows; for JSON, of which pyarrow
+        # gets it in 32 parts, one part: rows in its messages are counted from the start of a part.
+        options["chunksize"] = len(content) * (32 if len(content) < 2**23 else 1)
+        if suffix in (".jsonl", ".json"):
+            if not content.lstrip(b"\xef\xbb\xbf \t\r\n[").startswith((b"{", b"]")):
+                # Asked for here since a null in row 1 crashes pyarrow 26 (apache/arrow#47409).
+                raise ValueError(
+                    f"{path}: got no JSON object in row 1, expected one like "
+                    '{"text": ..., "label": ...}: write one for each example'
+                )
+            with _mistakes_named(path):
+                data = Dataset.from_json(source, **options)
+            _check_json_kinds(path, data)
+            return data
+        dialect: dict[str, Any] = {"keep_default_na": False}
         if suffix == ".tsv":
-            return Dataset.from_dict(_read_tsv(path))
-        if suffix == ".csv":
-            return Dataset.from_dict(_read_csv(path))
-        return _from_records(path, _read_json(path))
+            # No quoting: real data is full of single stray quotes. Nothing but a line feed ends a
+            # row: a carriage return inside a text stays, the one of a Windows line end goes.
+            dialect |= {"sep": "\t", "quoting": 3, "lineterminator": "\n"}
+            content = content.replace(b"\r\n", b"\n")
+            copy = Path(folder, "rows.tsv")
+            copy.write_bytes(content)
+            source = glob.escape(str(copy))
+        features = _text_features(path, content, dialect)
+        with _mistakes_named(path):
+            return Dataset.from_csv(source, features=features, **dialect, **options)
+
+
+def _read_text(path: Path) -> bytes:
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path}: got bytes that are not UTF-8 ({error.reason}), expected UTF-8 text: convert "
             "the file"
         ) from error
+    if not text.strip():
+        raise ValueError(f"{path}: got an empty file, expected rows: check that it was written")
+    return content
 
 
-def _read_tsv(path: Path) -> dict[str, list[str]]:
-    # No quoting in TSV: real data is full of single stray quotes. newline="\n" and no csv module,
-    # so that nothing but a line feed ends a row.
-    with path.open(encoding="utf-8-sig", newline="\n") as lines:
-        rows = [line.rstrip("\n").removesuffix("\r").split("\t") for line in lines]
-    return _columns(path, rows, "write a tab in a text as a space")
+def _text_features(path: Path, content: bytes, dialect: dict[str, Any]) -> Features:
+    """All columns of a CSV or TSV as strings: 01 is not 1, and "NA" is a text."""
+    import pandas
+    from datasets import Features, Value
 
-
-def _read_csv(path: Path) -> dict[str, list[str]]:
-    limit = csv.field_size_limit(sys.maxsize)  # The default refuses a text of 128 KiB.
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            rows = list(csv.reader(lines, strict=True))
-    except csv.Error as error:
-        raise ValueError(
-            f"{path}: got text that is no CSV ({error}), expected quotes doubled inside quoted "
-            "fields: correct it, or save as .tsv, which has no quoting"
-        ) from error
-    finally:
-        csv.field_size_limit(limit)
-    return _columns(path, rows, "put a text with commas in double quotes")
-
-
-def _columns(path: Path, rows: list[list[str]], way_out: str) -> dict[str, list[str]]:
-    rows = [row for row in rows if row not in ([], [""])]
-    if not rows:
-        raise ValueError(
-            f"{path}: got an empty file, expected a header and rows: check that it was written"
-        )
-    header, *body = rows
+    with _mistakes_named(path):
+        # Two rows: a second one that is too long would become an index in the real read.
+        head = pandas.read_csv(io.BytesIO(content), header=None, nrows=2, dtype=str, **dialect)
+    header = head.iloc[0].tolist()
     if len(set(header)) != len(header) or "" in header:
         raise ValueError(
             f"{path}: got the header {header}, expected a different name for every column: "
             "correct the first line"
         )
-    for number, row in enumerate(body, start=1):
-        if len(row) != len(header):
+    return Features({name: Value("string") for name in header})
+
+
+def _check_json_kinds(path: Path, data: Dataset) -> None:
+    import datasets
+
+    mixed = getattr(datasets, "Json", ())  # Older versions raise where kinds differ.
+    for name, feature in data.features.items():
+        # Objects with different keys come so, too.
+        if isinstance(feature, mixed) and {type(v) for v in data[name]} - {dict, type(None)}:
             raise ValueError(
-                f"{path}: got {len(row)} fields in row {number}, expected {len(header)} "
-                f"({', '.join(header)}): {way_out}"
+                f"{path}: got values of different kinds in column {name!r}, expected one kind a "
+                "column: make them alike"
             )
-    values = zip(*body, strict=True) if body else ([] for _ in header)
-    return {name: list(column) for name, column in zip(header, values, strict=True)}
 
 
-def _read_json(path: Path) -> list[Any]:
-    text = path.read_text(encoding="utf-8-sig")
-    if not text.strip():
-        raise ValueError(
-            f"{path}: got an empty file, expected one JSON object a line or a list of objects: "
-            "check that it was written"
-        )
-    # Many .json files hold one object a line, and `datasets` takes them so.
-    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
-        return _parse(path, text, "")
-    # Not splitlines(): U+2028 and the like are legal inside a JSON string.
-    lines = [line for line in text.split("\n") if line.strip()]
-    return [_parse(path, line, f" in row {i}") for i, line in enumerate(lines, start=1)]
-
-
-def _parse(path: Path, text: str, where: str) -> Any:
+@contextmanager
+def _mistakes_named(path: Path) -> Iterator[None]:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}: got text that is no JSON{where} ({error}), expected one object a line, or "
-            "in .json a list of objects: correct it"
-        ) from error
-
-
-def _from_records(path: Path, records: list[Any]) -> Dataset:
-    from datasets import Dataset
-
-    for number, record in enumerate(records, start=1):
-        if not isinstance(record, dict):
+        yield
+    except Exception as error:  # Several kinds, of datasets, pandas and pyarrow.
+        if "corresponds to no data" in str(error):
             raise ValueError(
-                f"{path}: got a {type(record).__name__} in row {number}, expected an object like "
-                '{"text": ..., "label": ...}: write one for each example'
-            )
-    # Keys in order of appearance; a key that a row lacks is None there and reported by the caller.
-    keys = list(dict.fromkeys(key for record in records for key in record))
-    columns = {key: [record.get(key) for record in records] for key in keys}
-    for key, values in columns.items():
-        if len({type(v) for v in values if v is not None}) > 1 and all(
-            v is None or isinstance(v, str | int | float) for v in values
-        ):
-            # Arrow columns have one type: 1 beside "one" becomes "1".
-            columns[key] = [None if v is None else str(v) for v in values]
-    try:
-        return Dataset.from_dict(columns)
-    except Exception as error:  # pyarrow raises several kinds, none of which names the file.
+                f"{path}: got no rows, expected one or more: check that it was written"
+            ) from error
+        kind, way_out = _KINDS[path.suffix.lower()]
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        # pyarrow counts rows from 0, and where it names a column gives the row as 0 always.
+        row = re.search(r" in row (\d+)$", reason)
+        if row and kind == "JSON":
+            number = "" if "Column(" in reason else f" in row {int(row[1]) + 1}"
+            reason = reason[: row.start()] + number
         raise ValueError(
-            f"{path}: got values of different kinds in one column ({error}), expected one kind a "
-            "column: make them alike"
+            f"{path}: got content that is no {kind} ({reason}), expected {kind}: {way_out}"
         ) from error
 
 
-def _read_parquet(path: Path) -> Dataset:
-    import pyarrow
-    import pyarrow.parquet
-    from datasets import Dataset
-    from datasets.table import InMemoryTable
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, and no log lines about errors that are raised anyway."""
+    import datasets
 
+    had_bars = not datasets.utils.are_progress_bars_disabled()
+    verbosity = datasets.logging.get_verbosity()
+    datasets.utils.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        # Read whole: Dataset.from_parquet would keep a copy in the cache folder. The table keeps
-        # the schema's metadata, and with it ClassLabel names.
-        return Dataset(InMemoryTable(pyarrow.parquet.read_table(path)))
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(
-            f"{path}: got a file that is no Parquet ({error}), expected one: write it again or "
-            "correct its extension"
-        ) from error
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if had_bars:
+            datasets.utils.enable_progress_bars()

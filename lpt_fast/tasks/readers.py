@@ -1,7 +1,7 @@
 """Data from files, folders or the hub as `datasets.Dataset`, with labels checked and encoded.
 
-Files are parsed here rather than by `datasets.load_dataset`, so that nothing is cached (a changed
-file is read anew), the text "null" or "NA" stays text, and stray quotes in TSV stay what they are.
+Files are read by `datasets`, so that nothing is cached (a changed file is read anew), the text
+"null" or "NA" stays text, and stray quotes in TSV stay what they are (`files`).
 Rows in messages are counted from 1; a header is not a row.
 """
 

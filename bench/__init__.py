@@ -1,0 +1,1 @@
+"""Measurements. Run from the repository: `python -m bench --help`. Nothing here is installed."""

@@ -1,0 +1,112 @@
+"""Test accuracy of Late Prompt Tuning beside other methods, on real tasks, by `lpt-fast train`'s own code.
+
+All methods train for the same epochs on the same rows with the same batches; each has the learning rate of
+`lpt_fast.training.LEARNING_RATES`. No checkpoint is chosen: the model of the last step is tested.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import typer
+
+RESULTS = Path(__file__).parent / "results"
+TASKS = ("trec", "subj", "sst2", "mr", "mpqa")
+# Name in the results -> settings of lpt_fast.arguments.TrainArguments.
+METHODS = {
+    "lpt-npg": {"method": "lpt", "generator": "npg"},
+    "lpt-appg": {"method": "lpt", "generator": "appg"},
+    "lpt-mppg": {"method": "lpt", "generator": "mppg"},
+    "lpt-static": {"method": "lpt", "generator": "static"},
+    "lpt-attention": {"method": "lpt", "generator": "attention"},
+    "lpt-residual": {"method": "lpt", "generator": "residual"},
+    "lpt-npg-upper-dropout": {"method": "lpt", "generator": "npg", "upper_dropout": True},
+    "head": {"method": "head"},
+    "lora": {"method": "lora"},
+    "prompt_tuning": {"method": "prompt_tuning"},
+    "full": {"method": "full"},
+}
+DEFAULT = "lpt-npg,lpt-appg,lpt-mppg,head,lora,prompt_tuning,full"
+
+
+def _key(row: dict) -> tuple:
+    names = ("task", "method", "seed", "k", "epochs", "learning_rate", "train_examples", "split")
+    return tuple(row[name] for name in names)
+
+
+def main(
+    data: str = typer.Option(..., "--data", help="Folder with a folder of train/dev/test .tsv for each task."),
+    model: str = typer.Option(None, "--model", help="Default: the demo's encoder (MiniLM, 6 layers)."),
+    tasks: str = typer.Option(",".join(TASKS), "--tasks"),
+    methods: str = typer.Option(DEFAULT, "--methods", help=f"Of {', '.join(METHODS)}."),
+    insertion_layer: int = typer.Option(3, "--insertion_layer"),
+    num_train_epochs: int = typer.Option(5, "--num_train_epochs"),
+    learning_rate: float = typer.Option(None, "--learning_rate"),
+    max_train_samples: int = typer.Option(None, "--max_train_samples"),
+    max_eval_samples: int = typer.Option(None, "--max_eval_samples"),
+    seed: int = typer.Option(42, "--seed"),
+    split: str = typer.Option("test", "--split", help="'dev' for choosing settings, 'test' for results."),
+    out: str = typer.Option(str(RESULTS / "accuracy.jsonl"), "--out"),
+) -> None:
+    """Append a line for each task and method that the file does not hold yet."""
+    from lpt_fast.arguments import TrainArguments
+    from lpt_fast.cli import _quiet
+    from lpt_fast.demo import demo_model
+    from lpt_fast.training import LEARNING_RATES, train
+
+    from .machine import describe
+
+    _quiet()
+    done = set()
+    if Path(out).exists():
+        done = {_key(json.loads(line)) for line in Path(out).read_text().splitlines()}
+    for task in tasks.split(","):
+        for name in methods.split(","):
+            settings = METHODS[name]
+            rate = learning_rate or LEARNING_RATES[settings["method"]]
+            is_lpt = settings["method"] == "lpt"
+            rows = sum(1 for _ in open(f"{data}/{task}/train.tsv", encoding="utf-8")) - 1
+            row = {
+                "task": task,
+                "method": name,
+                "seed": seed,
+                "k": insertion_layer if is_lpt else None,
+                "epochs": num_train_epochs,
+                "learning_rate": rate,
+                "train_examples": min(rows, max_train_samples or rows),
+                "split": split,
+            }
+            if _key(row) in done:
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                args = TrainArguments(
+                    model=model or demo_model(),
+                    task=task,
+                    train_file=f"{data}/{task}/train.tsv",
+                    test_file=f"{data}/{task}/{split}.tsv",
+                    insertion_layer=insertion_layer if is_lpt else None,
+                    num_train_epochs=num_train_epochs,
+                    learning_rate=rate,
+                    max_train_samples=max_train_samples,
+                    max_eval_samples=max_eval_samples,
+                    seed=seed,
+                    save_strategy="no",
+                    logging_steps=10**9,
+                    output_dir=folder,
+                    **settings,
+                )
+                result = train(args)
+            row |= {
+                "accuracy": round(result["test"]["accuracy"], 4),
+                "f1": round(result["test"]["f1"], 4),
+                "test_examples": result["test"]["examples"],
+                "seconds": result["train_seconds"],
+                "trainable_parameters": result["trainable_parameters"],
+                "model": "all-MiniLM-L6-v2" if model is None else model,
+                **describe(),
+            }
+            with open(out, "a", encoding="utf-8") as f:
+                f.write(json.dumps(row) + "\n")
+            typer.echo(f"{task:6} {name:24} {100 * row['accuracy']:5.1f} %  {row['seconds']:6.0f} s")

@@ -1,0 +1,43 @@
+"""What a result has to say about where it came from."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    try:
+        run = ["git", "describe", "--always", "--dirty"]
+        done = subprocess.run(run, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+        return done.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def describe() -> dict:
+    """Machine, threads, versions and commit of a measurement."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{_processor()}, {torch.get_num_threads()} thread(s)"
+    names = ("torch", "transformers", "peft")
+    return {
+        "machine": device,
+        "versions": {name: metadata.version(name) for name in names},
+        "commit": _commit(),
+    }
