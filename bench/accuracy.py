@@ -37,8 +37,12 @@ def _key(row: dict) -> tuple:
 
 
 def main(
-    data: str = typer.Option(..., "--data", help="Folder with a folder of train/dev/test .tsv for each task."),
-    model: str = typer.Option(None, "--model", help="Default: the demo's encoder (MiniLM, 6 layers)."),
+    data: str = typer.Option(
+        ..., "--data", help="Folder with a folder of train/dev/test .tsv for each task."
+    ),
+    model: str = typer.Option(
+        None, "--model", help="Default: the demo's encoder (MiniLM, 6 layers)."
+    ),
     tasks: str = typer.Option(",".join(TASKS), "--tasks"),
     methods: str = typer.Option(DEFAULT, "--methods", help=f"Of {', '.join(METHODS)}."),
     insertion_layer: int = typer.Option(3, "--insertion_layer"),
@@ -47,7 +51,9 @@ def main(
     max_train_samples: int = typer.Option(None, "--max_train_samples"),
     max_eval_samples: int = typer.Option(None, "--max_eval_samples"),
     seed: int = typer.Option(42, "--seed"),
-    split: str = typer.Option("test", "--split", help="'dev' for choosing settings, 'test' for results."),
+    split: str = typer.Option(
+        "test", "--split", help="'dev' for choosing settings, 'test' for results."
+    ),
     out: str = typer.Option(str(RESULTS / "accuracy.jsonl"), "--out"),
 ) -> None:
     """Append a line for each task and method that the file does not hold yet."""
@@ -109,4 +115,6 @@ def main(
             }
             with open(out, "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
-            typer.echo(f"{task:6} {name:24} {100 * row['accuracy']:5.1f} %  {row['seconds']:6.0f} s")
+            typer.echo(
+                f"{task:6} {name:24} {100 * row['accuracy']:5.1f} %  {row['seconds']:6.0f} s"
+            )

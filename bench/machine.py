@@ -23,7 +23,9 @@ def _processor() -> str:
 def _commit() -> str:
     try:
         run = ["git", "describe", "--always", "--dirty"]
-        done = subprocess.run(run, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+        done = subprocess.run(
+            run, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        )
         return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -28,10 +28,16 @@ class DataArguments:
     """Where rows come from; shared by training, evaluation and prediction."""
 
     text_column: str | None = _option(
-        None, "Column of the text; two for pairs, with a comma between. Default: the task's, or 'text'.", "Data"
+        None,
+        "Column of the text; two for pairs, with a comma between. Default: the task's, or 'text'.",
+        "Data",
     )
     label_column: str = _option("label", "Column of the label.", "Data")
-    max_length: int = _option(128, "Most tokens of an example; longer texts are cut, templates never.", "Data")
+    max_length: int | None = _option(
+        None,
+        "Most tokens of an example; longer texts are cut, templates never. Default: 128, or what the model takes.",
+        "Data",
+    )
 
 
 @dataclass
@@ -49,49 +55,87 @@ class TrainArguments(DataArguments):
         "'classification' trains a head; 'cloze' predicts label words, at the mask or (causal models) as next token.",
         "Model",
     )
-    torch_dtype: str = _option("float32", "Dtype of the frozen model: float32, bfloat16 or float16.", "Model")
+    torch_dtype: str = _option(
+        "float32", "Dtype of the frozen model: float32, bfloat16 or float16.", "Model"
+    )
 
-    insertion_layer: int | None = _option(None, "k: frozen layers before the prompt. Default: half.", "Prompt")
+    insertion_layer: int | None = _option(
+        None, "k: frozen layers before the prompt. Default: half.", "Prompt"
+    )
     generator: str = _option("npg", "static, npg, appg, mppg, attention or residual.", "Prompt")
     num_virtual_tokens: int = _option(5, "m: prompt rows of an example.", "Prompt")
     bottleneck_size: int = _option(128, "r: width of the generator's bottleneck.", "Prompt")
-    prompt_dropout: float | None = _option(None, "Dropout on the prompt. Default: the backbone's.", "Prompt")
-    upper_dropout: bool = _option(False, "Keep dropout in the frozen layers above the insertion.", "Prompt")
+    prompt_dropout: float | None = _option(
+        None, "Dropout on the prompt. Default: the backbone's.", "Prompt"
+    )
+    upper_dropout: bool = _option(
+        False, "Keep dropout in the frozen layers above the insertion.", "Prompt"
+    )
 
     task: str | None = _option(
-        None, "One of the paper's tasks (sst2, mpqa, mr, subj, trec, mnli, ...) or your own YAML file.", "Data"
+        None,
+        "One of the paper's tasks (sst2, mpqa, mr, subj, trec, mnli, ...) or your own YAML file.",
+        "Data",
     )
-    dataset: str | None = _option(None, "A hub data set such as glue/sst2, or a folder with its splits.", "Data")
-    train_file: str | None = _option(None, "csv, tsv, json, jsonl or parquet file to train on.", "Data")
+    dataset: str | None = _option(
+        None, "A hub data set such as glue/sst2, or a folder with its splits.", "Data"
+    )
+    train_file: str | None = _option(
+        None, "csv, tsv, json, jsonl or parquet file to train on.", "Data"
+    )
     validation_file: str | None = _option(None, "The same, evaluated after every epoch.", "Data")
     test_file: str | None = _option(None, "The same, evaluated once at the end.", "Data")
-    max_train_samples: int | None = _option(None, "Train on a random sample of so many rows.", "Data")
-    max_eval_samples: int | None = _option(None, "Evaluate on a random sample of so many rows.", "Data")
+    max_train_samples: int | None = _option(
+        None, "Train on a random sample of so many rows.", "Data"
+    )
+    max_eval_samples: int | None = _option(
+        None, "Evaluate on a random sample of so many rows.", "Data"
+    )
     few_shot: int | None = _option(
-        None, "The paper's few-shot setting: K examples in all, drawn in proportion to the classes.", "Data"
+        None,
+        "The paper's few-shot setting: K examples in all, drawn in proportion to the classes.",
+        "Data",
     )
 
     output_dir: str = _option("out", "Folder for the adapter, checkpoints and results.", "Training")
-    learning_rate: float | None = _option(None, "Peak learning rate. Default: one that suits the method.", "Training")
+    learning_rate: float | None = _option(
+        None, "Peak learning rate. Default: one that suits the method.", "Training"
+    )
     num_train_epochs: float = _option(5.0, "Passes over the training data.", "Training")
-    max_steps: int = _option(-1, "If positive: so many optimiser steps instead of epochs.", "Training")
+    max_steps: int = _option(
+        -1, "If positive: so many optimiser steps instead of epochs.", "Training"
+    )
     per_device_train_batch_size: int = _option(32, "Examples of a step on each device.", "Training")
     per_device_eval_batch_size: int = _option(64, "The same in evaluation.", "Training")
-    gradient_accumulation_steps: int = _option(1, "Batches added up for one optimiser step.", "Training")
+    gradient_accumulation_steps: int = _option(
+        1, "Batches added up for one optimiser step.", "Training"
+    )
     weight_decay: float = _option(0.01, "AdamW's weight decay.", "Training")
-    warmup_steps: float = _option(0.06, "Steps with a rising learning rate; below 1: a share of all.", "Training")
+    warmup_steps: float = _option(
+        0.06, "Steps with a rising learning rate; below 1: a share of all.", "Training"
+    )
     lr_scheduler_type: str = _option("linear", "Schedule of the learning rate.", "Training")
     label_smoothing_factor: float = _option(0.0, "Label smoothing.", "Training")
     max_grad_norm: float = _option(1.0, "Gradients are clipped to this norm.", "Training")
     group_by_length: bool = _option(
-        True, "Batches of texts of like length: less padding, so faster. Off: wholly random batches.", "Training"
+        True,
+        "Batches of texts of like length: less padding, so faster. Off: wholly random batches.",
+        "Training",
     )
-    seed: int = _option(42, "Seed of initialisation, order, dropout and few-shot sampling.", "Training")
+    seed: int = _option(
+        42, "Seed of initialisation, order, dropout and few-shot sampling.", "Training"
+    )
     bf16: bool = _option(False, "bf16 autocast.", "Training")
     fp16: bool = _option(False, "fp16 autocast with loss scaling.", "Training")
-    gradient_checkpointing: bool = _option(False, "Recompute upper layers in the backward.", "Training")
-    load_best_model_at_end: bool = _option(False, "Keep the epoch with the best validation metric.", "Training")
-    save_strategy: str = _option("epoch", "When to save a checkpoint: epoch, steps, no.", "Training")
+    gradient_checkpointing: bool = _option(
+        False, "Recompute upper layers in the backward.", "Training"
+    )
+    load_best_model_at_end: bool = _option(
+        False, "Keep the epoch with the best validation metric.", "Training"
+    )
+    save_strategy: str = _option(
+        "epoch", "When to save a checkpoint: epoch, steps, no.", "Training"
+    )
     save_total_limit: int | None = _option(1, "How many checkpoints to keep.", "Training")
     logging_steps: int = _option(50, "Steps between two lines of the log.", "Training")
     resume_from_checkpoint: str | None = _option(
@@ -105,7 +149,9 @@ class TrainArguments(DataArguments):
         _one_of("formulation", self.formulation, FORMULATIONS)
         _one_of("torch_dtype", self.torch_dtype, ("float32", "bfloat16", "float16"))
         if not self.model:
-            raise ValueError("`--model` is missing: give a hub name such as roberta-large, or a local folder.")
+            raise ValueError(
+                "`--model` is missing: give a hub name such as roberta-large, or a local folder."
+            )
         if not (self.train_file or self.dataset):
             raise ValueError("There is nothing to train on: give --train_file or --dataset.")
         if self.formulation == "cloze" and self.method != "lpt":
@@ -114,9 +160,15 @@ class TrainArguments(DataArguments):
                 "for comparison and train a classification head."
             )
         if self.formulation == "cloze" and not self.task:
-            raise ValueError("`--formulation cloze` needs a template and label words: give --task (a name or a YAML).")
-        if self.load_best_model_at_end and not (self.validation_file or self.dataset or self.few_shot):
-            raise ValueError("`--load_best_model_at_end` needs validation data: give --validation_file.")
+            raise ValueError(
+                "`--formulation cloze` needs a template and label words: give --task (a name or a YAML)."
+            )
+        if self.load_best_model_at_end and not (
+            self.validation_file or self.dataset or self.few_shot
+        ):
+            raise ValueError(
+                "`--load_best_model_at_end` needs validation data: give --validation_file."
+            )
         for name in ("max_length", "max_train_samples", "max_eval_samples", "few_shot"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -128,13 +180,21 @@ class EvalArguments(DataArguments):
     """Settings of `lpt-fast eval`."""
 
     adapter: str | None = _option(None, "Folder that `lpt-fast train` wrote.", "Model")
-    model: str | None = _option(None, "Base model. Default: the one that the adapter names.", "Model")
-    test_file: str | None = _option(None, "csv, tsv, json, jsonl or parquet file with labels.", "Data")
+    model: str | None = _option(
+        None, "Base model. Default: the one that the adapter names.", "Model"
+    )
+    test_file: str | None = _option(
+        None, "csv, tsv, json, jsonl or parquet file with labels.", "Data"
+    )
     dataset: str | None = _option(None, "A hub data set or folder; its test split is used.", "Data")
     split: str = _option("test", "Split of --dataset.", "Data")
     max_eval_samples: int | None = _option(None, "A random sample of so many rows.", "Data")
-    max_length: int | None = _option(None, "Most tokens of an example. Default: as in training.", "Data")
-    label_column: str | None = _option(None, "Column of the label. Default: as in training.", "Data")
+    max_length: int | None = _option(
+        None, "Most tokens of an example. Default: as in training.", "Data"
+    )
+    label_column: str | None = _option(
+        None, "Column of the label. Default: as in training.", "Data"
+    )
     per_device_eval_batch_size: int = _option(64, "Examples of a batch.", "Run")
     use_cpu: bool = _option(False, "Stay on the CPU where there is a GPU.", "Run")
 
@@ -150,12 +210,20 @@ class PredictArguments:
     """Settings of `lpt-fast predict`."""
 
     adapter: str | None = _option(None, "Folder that `lpt-fast train` wrote.", "Model")
-    model: str | None = _option(None, "Base model. Default: the one that the adapter names.", "Model")
-    input_file: str = _option(
-        "-", "csv, tsv, json, jsonl or parquet file, or '-' for standard input with one text a line.", "Data"
+    model: str | None = _option(
+        None, "Base model. Default: the one that the adapter names.", "Model"
     )
-    text_column: str | None = _option(None, "Column of the text; two for pairs. Default: as in training.", "Data")
-    max_length: int | None = _option(None, "Most tokens of an example. Default: as in training.", "Data")
+    input_file: str = _option(
+        "-",
+        "csv, tsv, json, jsonl or parquet file, or '-' for standard input with one text a line.",
+        "Data",
+    )
+    text_column: str | None = _option(
+        None, "Column of the text; two for pairs. Default: as in training.", "Data"
+    )
+    max_length: int | None = _option(
+        None, "Most tokens of an example. Default: as in training.", "Data"
+    )
     output_file: str = _option("-", "Where to write, or '-' for standard output.", "Output")
     output_format: str = _option("tsv", "tsv or jsonl.", "Output")
     per_device_eval_batch_size: int = _option(64, "Examples of a batch.", "Run")
@@ -187,7 +255,11 @@ def _convert(source: str, name: str, value: Any, hint: Any) -> Any:
         return value
     if kind is str and isinstance(value, str | int | float) and not isinstance(value, bool):
         return str(value)
-    if kind in (int, float) and isinstance(value, str | int | float) and not isinstance(value, bool):
+    if (
+        kind in (int, float)
+        and isinstance(value, str | int | float)
+        and not isinstance(value, bool)
+    ):
         try:
             number = float(value)
             if kind is float or number.is_integer():
@@ -219,7 +291,11 @@ def read_yaml(path: str, cls: type) -> dict[str, Any]:
     for key in content:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1)
-            way = f"did you mean `{near[0]}`?" if near else f"known keys are {', '.join(sorted(known))}."
+            way = (
+                f"did you mean `{near[0]}`?"
+                if near
+                else f"known keys are {', '.join(sorted(known))}."
+            )
             raise ValueError(f"{path}: unknown key `{key}`; {way}")
     return {key: _convert(path, key, value, hints[key]) for key, value in content.items()}
 

@@ -110,7 +110,10 @@ def table(rows: list[list[str]]) -> str:
     """Rows of cells as aligned text; the first row is the header."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
@@ -168,7 +171,9 @@ def predict(args: PredictArguments) -> None:
 
 @app.command()
 def demo(
-    model: str = typer.Option(None, "--model", help="Another model than the small encoder that comes as a package."),
+    model: str = typer.Option(
+        None, "--model", help="Another model than the small encoder that comes as a package."
+    ),
     output_dir: str = typer.Option("out/demo", "--output_dir", help="Folder for the adapter."),
     epochs: float = typer.Option(4.0, "--num_train_epochs", help="Passes over the training data."),
     seed: int = typer.Option(42, "--seed", help="Seed."),

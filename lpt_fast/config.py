@@ -67,7 +67,8 @@ class LPTConfig(PeftConfig):
         },
     )
     bottleneck_size: int = field(
-        default=128, metadata={"help": "r: width of the generator's bottleneck. Not used by 'static'."}
+        default=128,
+        metadata={"help": "r: width of the generator's bottleneck. Not used by 'static'."},
     )
     prompt_dropout: float | None = field(
         default=None,
@@ -93,7 +94,9 @@ class LPTConfig(PeftConfig):
     )
     num_labels: int | None = field(
         default=None,
-        metadata={"help": "Number of labels of the head. Default: the model's. Saved with the adapter."},
+        metadata={
+            "help": "Number of labels of the head. Default: the model's. Saved with the adapter."
+        },
     )
     id2label: dict[int, str] | None = field(
         default=None,
@@ -126,11 +129,15 @@ class LPTConfig(PeftConfig):
         _whole("num_virtual_tokens", self.num_virtual_tokens, 1)
         _whole("bottleneck_size", self.bottleneck_size, 1)
         if self.generator not in GENERATORS:
-            raise ValueError(f"`generator` must be one of {', '.join(GENERATORS)}, got {self.generator!r}.")
+            raise ValueError(
+                f"`generator` must be one of {', '.join(GENERATORS)}, got {self.generator!r}."
+            )
         if self.prompt_dropout is not None and not (
             isinstance(self.prompt_dropout, int | float) and 0 <= self.prompt_dropout < 1
         ):
-            raise ValueError(f"`prompt_dropout` must be in [0, 1) or None, got {self.prompt_dropout!r}.")
+            raise ValueError(
+                f"`prompt_dropout` must be in [0, 1) or None, got {self.prompt_dropout!r}."
+            )
         if not isinstance(self.upper_dropout, bool):
             raise ValueError(f"`upper_dropout` must be True or False, got {self.upper_dropout!r}.")
         if self.init_from_vocab and self.generator != "static":
@@ -150,7 +157,9 @@ class LPTConfig(PeftConfig):
                     f"the keys {sorted(self.id2label)}."
                 )
         if isinstance(self.modules_to_save, str):
-            raise ValueError(f"`modules_to_save` must be a list of names, got {self.modules_to_save!r}.")
+            raise ValueError(
+                f"`modules_to_save` must be a list of names, got {self.modules_to_save!r}."
+            )
 
     def to_dict(self) -> dict:
         out = super().to_dict()

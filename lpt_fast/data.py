@@ -55,7 +55,11 @@ class Formulation:
         content = dict(content)
         task = content.get("task")
         if task is not None:
-            task = dict(task, text_columns=tuple(task["text_columns"]), hub_columns=tuple(task["hub_columns"]))
+            task = dict(
+                task,
+                text_columns=tuple(task["text_columns"]),
+                hub_columns=tuple(task["hub_columns"]),
+            )
             if task["hub_label_ids"] is not None:
                 task["hub_label_ids"] = {int(k): v for k, v in task["hub_label_ids"].items()}
             content["task"] = TaskSpec(**task)
@@ -69,9 +73,13 @@ class Formulation:
 
     def word_ids(self, tokenizer) -> list[int]:
         """Token ids of the label words, in the order of `labels`."""
-        return label_word_ids(tokenizer, {n: self.task.label_words[n] for n in self.labels}, self.template)
+        return label_word_ids(
+            tokenizer, {n: self.task.label_words[n] for n in self.labels}, self.template
+        )
 
-    def encode(self, tokenizer, rows: Mapping[str, Sequence], labels: Sequence[int] | None) -> list[dict]:
+    def encode(
+        self, tokenizer, rows: Mapping[str, Sequence], labels: Sequence[int] | None
+    ) -> list[dict]:
         """Inputs of a model, one dict an example, not padded.
 
         Args:
@@ -105,7 +113,11 @@ class Formulation:
                 word = words[labels[len(examples)]]
                 target = [-100] * length
                 if self.causal:
-                    for key, extra in (("input_ids", word), ("attention_mask", 1), ("token_type_ids", 0)):
+                    for key, extra in (
+                        ("input_ids", word),
+                        ("attention_mask", 1),
+                        ("token_type_ids", 0),
+                    ):
                         if key in example:
                             example[key] = [*example[key], extra]
                     target.append(word)
@@ -184,7 +196,9 @@ def load_tokenizer(name: str):
 
 def cannot_load(what: str, name: str, error: Exception) -> str:
     """One sentence for the several that transformers prints when it finds nothing."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    first = next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )
     where = "" if Path(name).exists() else " (there is no such local folder, and the hub gave none)"
     return f"Cannot load the {what} of {name!r}{where}: {first}"
 
@@ -239,7 +253,9 @@ def read_rows(
     return dataset, texts_of(dataset, task, text_columns)
 
 
-def texts_of(dataset, task: TaskSpec | None, text_columns: list[str] | None) -> dict[str, list[str]]:
+def texts_of(
+    dataset, task: TaskSpec | None, text_columns: list[str] | None
+) -> dict[str, list[str]]:
     """The texts of a data set as {canonical column: list of str}."""
     if task is None:
         return {name: list(dataset[name]) for name in text_columns}

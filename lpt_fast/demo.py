@@ -38,7 +38,9 @@ def write_files(folder: Path) -> dict[str, Path]:
     for split, rows in build_demo_dataset().items():
         paths[split] = folder / f"{split}.tsv"
         with open(paths[split], "w", encoding="utf-8", newline="") as f:
-            writer = csv.writer(f, delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None, lineterminator="\n")
+            writer = csv.writer(
+                f, delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None, lineterminator="\n"
+            )
             writer.writerow(["text", "label"])
             writer.writerows([" ".join(row["text"].split()), row["label"]] for row in rows)
     return paths
@@ -49,12 +51,16 @@ def run(model: str | None, output_dir: str, epochs: float, seed: int) -> dict:
     start = time.perf_counter()
     model = model or demo_model()
     folder = Path(output_dir)
-    typer.echo("1. Which package family does this sentence come from? Collecting sentences from docstrings ...")
+    typer.echo(
+        "1. Which package family does this sentence come from? Collecting sentences from docstrings ..."
+    )
     try:
         paths = write_files(folder / "data")
     except RuntimeError as error:  # too few packages on this machine
         raise ValueError(str(error)) from None
-    counts = {split: sum(1 for _ in open(path, encoding="utf-8")) - 1 for split, path in paths.items()}
+    counts = {
+        split: sum(1 for _ in open(path, encoding="utf-8")) - 1 for split, path in paths.items()
+    }
     sizes = ", ".join(f"{n} {split}" for split, n in counts.items())
     typer.echo(f"   {sizes} sentences, written to {folder / 'data'}")
 
@@ -63,7 +69,9 @@ def run(model: str | None, output_dir: str, epochs: float, seed: int) -> dict:
 
     results = {}
     for step, method in enumerate(("head", "lpt"), 2):
-        what = {"head": "only a head on the frozen model", "lpt": "a late prompt and the head"}[method]
+        what = {"head": "only a head on the frozen model", "lpt": "a late prompt and the head"}[
+            method
+        ]
         typer.echo(f"{step}. Training {what} ...")
         args = TrainArguments(
             model=model,
@@ -83,7 +91,9 @@ def run(model: str | None, output_dir: str, epochs: float, seed: int) -> dict:
     for method, name in (("head", "head only"), ("lpt", "Late Prompt Tuning")):
         r = results[method]
         seconds = f"{r['train_seconds']:.0f}"
-        rows.append([name, percent(r["test"]["accuracy"]), f"{r['trainable_parameters']:,}", seconds])
+        rows.append(
+            [name, percent(r["test"]["accuracy"]), f"{r['trainable_parameters']:,}", seconds]
+        )
     lpt = results["lpt"]
     versions = ", ".join(f"{n} {metadata.version(n)}" for n in ("torch", "transformers", "peft"))
     typer.echo(f"\n{table(rows)}\n")

@@ -47,7 +47,9 @@ def adaptive_avg_pool(hidden: Tensor, tokens: Tensor, m: int) -> Tensor:
     """Mean of the readable rows of each bin. hidden [B, S, D], tokens bool [B, S] -> [B, m, D]."""
     rank = tokens.long().cumsum(1) - 1  # [B, S], the place of each token among the readable ones
     start, end = pooling_bins(tokens.sum(1), m)
-    member = (rank[:, None] >= start[..., None]) & (rank[:, None] < end[..., None]) & tokens[:, None]
+    member = (
+        (rank[:, None] >= start[..., None]) & (rank[:, None] < end[..., None]) & tokens[:, None]
+    )
     weight = member / (end - start).clamp(min=1)[..., None]  # [B, m, S]
     # Positions that may not be read can hold anything, NaN included, and 0 * NaN is not 0.
     return weight.to(hidden.dtype) @ hidden.masked_fill(~tokens[..., None], 0)

@@ -17,7 +17,15 @@ from transformers import (
 )
 
 from .arguments import EvalArguments
-from .data import RUN_FILE, Collator, Formulation, cannot_load, load_tokenizer, read_rows, text_columns_of
+from .data import (
+    RUN_FILE,
+    Collator,
+    Formulation,
+    cannot_load,
+    load_tokenizer,
+    read_rows,
+    text_columns_of,
+)
 from .tasks import classification_metrics, encode_labels
 
 
@@ -64,7 +72,9 @@ class Classifier:
             auto, more = (AutoModelForCausalLM if form.causal else AutoModelForMaskedLM), {}
         adapter = (Path(folder) / "adapter_config.json").is_file()
         try:
-            model = auto.from_pretrained(base if adapter else folder, ignore_mismatched_sizes=adapter, **more)
+            model = auto.from_pretrained(
+                base if adapter else folder, ignore_mismatched_sizes=adapter, **more
+            )
         except (OSError, ValueError) as error:
             way_out = f"{cannot_load('model', base, error)} Give the base model with --model."
             raise ValueError(way_out) from None
@@ -106,7 +116,9 @@ class Classifier:
                 batch.pop("context_lengths", None)
             logits = self.model(**batch).logits
             if readout is not None:
-                logits = logits[torch.arange(len(index), device=self.device), readout][:, self._words]
+                logits = logits[torch.arange(len(index), device=self.device), readout][
+                    :, self._words
+                ]
             out[index] = logits.float().softmax(-1).cpu().numpy()
         return out
 
@@ -131,10 +143,14 @@ def evaluate(args: EvalArguments) -> dict[str, float]:
         args.adapter, args.model, args.max_length, args.per_device_eval_batch_size, args.use_cpu
     )
     form = classifier.formulation
-    columns = text_columns_of(form.task, args.text_column) if args.text_column else form.text_columns
+    columns = (
+        text_columns_of(form.task, args.text_column) if args.text_column else form.text_columns
+    )
     label_column = args.label_column or form.label_column
     source = args.test_file or args.dataset
-    dataset, texts = read_rows(source, args.split, form.task, columns, label_column, args.max_eval_samples)
+    dataset, texts = read_rows(
+        source, args.split, form.task, columns, label_column, args.max_eval_samples
+    )
     ids = form.task.hub_label_ids if form.task else None
     gold = list(encode_labels(dataset, label_column, form.labels, ids)["labels"])
     predicted = classifier.probabilities(texts, progress=True).argmax(-1)

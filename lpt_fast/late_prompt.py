@@ -72,7 +72,9 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         # A list hides them from nn.Module: they hold this module, not the other way round.
         self._outside = [root, backbone]
         self._call = _Call()
-        self._generation: list | None = None  # the one slot: context lengths of the running generate()
+        self._generation: list | None = (
+            None  # the one slot: context lengths of the running generate()
+        )
         self._base_labels = _labels_of(root)
 
     # -- life of the module ------------------------------------------------------------------------------------
@@ -206,7 +208,11 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         family, k = self.family, config.insertion_layer
         layers = get_layers(self.backbone, family)
         # Everything but the layers (they have their turn) and what trains: embeddings and final norms.
-        others = {*self.backbone._modules} - {LATE_PROMPT, family.pooler, family.layers.split(".")[0]}
+        others = {*self.backbone._modules} - {
+            LATE_PROMPT,
+            family.pooler,
+            family.layers.split(".")[0],
+        }
         live = self.training and config.upper_dropout
         above = [*layers[k:], *(getattr(self.backbone, name) for name in others & {*family.after})]
         below = [*layers[:k], *(getattr(self.backbone, name) for name in others - {*family.after})]

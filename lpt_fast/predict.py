@@ -22,7 +22,9 @@ def read_texts(args: PredictArguments, stdin: TextIO, formulation) -> dict[str, 
         ValueError: no text at all, or a line without the second text of a pair.
     """
     task = formulation.task
-    columns = text_columns_of(task, args.text_column) if args.text_column else formulation.text_columns
+    columns = (
+        text_columns_of(task, args.text_column) if args.text_column else formulation.text_columns
+    )
     if args.input_file != "-":
         return read_rows(args.input_file, "test", task, columns, label_column=None)[1]
     names = list(task.text_columns) if task else columns
@@ -72,7 +74,9 @@ def _write(out: TextIO, kind: str, texts: dict, labels: list[str], predictions: 
         out.write("\t".join(header) + "\n")
     for row, p in zip(rows, predictions, strict=True):
         if kind == "jsonl":
-            out.write(json.dumps({**dict(zip(texts, row, strict=True)), **p}, ensure_ascii=False) + "\n")
+            out.write(
+                json.dumps({**dict(zip(texts, row, strict=True)), **p}, ensure_ascii=False) + "\n"
+            )
             continue
         # A tab or a line break in a text would shift the columns.
         cells = [" ".join(text.split()) for text in row]

@@ -47,6 +47,9 @@ from .tasks import (
 
 # Peak learning rates where none is given: the best on TREC's validation set with MiniLM (bench/results/README.md).
 LEARNING_RATES = {"lpt": 1e-3, "head": 1e-3, "lora": 1e-3, "prompt_tuning": 1e-2, "full": 1e-4}
+PROMPT_TUNING_TOKENS = 20
+# A task's metric -> its name among the results.
+_METRIC = {"accuracy": "accuracy", "f1": "f1", "matthews_correlation": "mcc"}
 
 
 @dataclass
@@ -76,7 +79,9 @@ def read_data(args: TrainArguments) -> Data:
         rows, _ = read_rows(source, split, task, columns, args.label_column, max_samples, args.seed)
         return rows
 
-    full = read(args.train_file or args.dataset, "train", None if args.few_shot else args.max_train_samples)
+    full = read(
+        args.train_file or args.dataset, "train", None if args.few_shot else args.max_train_samples
+    )
     ids = task.hub_label_ids if task else None
     names = list(task.labels) if task else label_names(full, args.label_column, ids)
     if len(names) < 2:
@@ -145,16 +150,19 @@ def build_model(args: TrainArguments, data: Data, tokenizer) -> tuple[nn.Module,
         raise ValueError(cannot_load("model", args.model, error)) from None
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and args.max_length > limit:
+    _, backbone, family = find_backbone(model)
+    limit = family.max_length(backbone.config) or 10**9
+    if args.method == "prompt_tuning":
+        limit -= PROMPT_TUNING_TOKENS  # they stand in the input
+    if args.max_length is not None and args.max_length > limit:
         raise ValueError(
-            f"`--max_length` is {args.max_length}, but {args.model} has {limit} positions; give at most {limit}."
+            f"`--max_length` is {args.max_length}, but {args.model} takes {limit} tokens; give at most {limit}."
         )
     formulation = Formulation(
         labels=data.labels,
         text_columns=data.text_columns,
         label_column=args.label_column,
-        max_length=args.max_length,
+        max_length=args.max_length or min(128, limit),
         cloze=cloze,
         causal=causal,
         task=data.task,
@@ -192,12 +200,14 @@ def _adapt(model: nn.Module, args: TrainArguments, task_type) -> nn.Module:
     if args.method == "lora":
         config = LoraConfig(task_type=task_type, r=8, lora_alpha=16, lora_dropout=0.1)
     else:
-        config = PromptTuningConfig(task_type=task_type, num_virtual_tokens=20)
+        config = PromptTuningConfig(task_type=task_type, num_virtual_tokens=PROMPT_TUNING_TOKENS)
     config.modules_to_save = heads
     return get_peft_model(model, config)
 
 
-def training_arguments(args: TrainArguments, has_validation: bool) -> TrainingArguments:
+def training_arguments(
+    args: TrainArguments, has_validation: bool, task: TaskSpec | None
+) -> TrainingArguments:
     rate = args.learning_rate if args.learning_rate is not None else LEARNING_RATES[args.method]
     evaluation = "epoch" if has_validation else "no"
     save = args.save_strategy
@@ -221,7 +231,7 @@ def training_arguments(args: TrainArguments, has_validation: bool) -> TrainingAr
         fp16=args.fp16,
         gradient_checkpointing=args.gradient_checkpointing,
         load_best_model_at_end=args.load_best_model_at_end,
-        metric_for_best_model="accuracy",
+        metric_for_best_model=_METRIC[task.metric] if task else "accuracy",
         eval_strategy=evaluation,
         save_strategy=save,
         save_total_limit=args.save_total_limit,
@@ -285,7 +295,7 @@ def train(args: TrainArguments) -> dict:
     metrics = Metrics(formulation, tokenizer)
     trainer = Trainer(
         model=model,
-        args=training_arguments(args, validation is not None),
+        args=training_arguments(args, validation is not None, data.task),
         data_collator=Collator(tokenizer),
         train_dataset=train_set,
         eval_dataset=validation,

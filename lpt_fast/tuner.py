@@ -71,7 +71,9 @@ class LPTModel(BaseTuner):
         config = self.model.config
         existing = getattr(config, "id2label", None)
         adapters = self._late_prompt()
-        if adapters is not None:  # a second adapter: the base model's labels, not the active adapter's
+        if (
+            adapters is not None
+        ):  # a second adapter: the base model's labels, not the active adapter's
             existing = (adapters._base_labels or (None, existing))[1]
         if peft_config.num_labels is None and existing is not None:
             peft_config.num_labels = len(existing)
@@ -90,7 +92,14 @@ class LPTModel(BaseTuner):
         return backbone._modules.get(LATE_PROMPT)
 
     def _create_and_replace(
-        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+        self,
+        peft_config,
+        adapter_name,
+        target,
+        target_name,
+        parent,
+        current_key,
+        parameter_name=None,
     ) -> None:
         """`target` is the first layer above the insertion; what is added belongs to the backbone around it."""
         late = self._late_prompt()
@@ -133,7 +142,8 @@ class LPTModel(BaseTuner):
         std = getattr(self.model.config, "initializer_range", 0.02)
         for wrapper in self.model.modules():
             if not (
-                isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save
+                isinstance(wrapper, ModulesToSaveWrapper)
+                and adapter_name in wrapper.modules_to_save
             ):
                 continue
             head = wrapper.modules_to_save[adapter_name]
@@ -164,7 +174,10 @@ class LPTModel(BaseTuner):
         if not autocast_adapter_dtype:
             return
         for wrapper in self.model.modules():
-            if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
+            if (
+                isinstance(wrapper, ModulesToSaveWrapper)
+                and adapter_name in wrapper.modules_to_save
+            ):
                 head = wrapper.modules_to_save[adapter_name]
                 if any(p.dtype in _HALF for p in head.parameters()):
                     head.to(torch.float32)

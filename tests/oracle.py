@@ -80,7 +80,9 @@ def late_prompt_by_hand(backbone, k, kind, weights, m, inputs, readable=None):
         prompt = prompt_by_hand(kind, weights, hidden[b][readable[b]], m, causal)
         rows.append(torch.cat([hidden[b, :start], prompt, hidden[b, start:]]))
         filler = torch.full((m,), 5)
-        ids.append(torch.cat([inputs["input_ids"][b, :start], filler, inputs["input_ids"][b, start:]]))
+        ids.append(
+            torch.cat([inputs["input_ids"][b, :start], filler, inputs["input_ids"][b, start:]])
+        )
         one = torch.ones(m, dtype=torch.long)
         old = inputs["attention_mask"][b]
         long_mask.append(torch.cat([old[:start], one, old[start:]]))

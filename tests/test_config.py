@@ -17,7 +17,10 @@ BAD = [
     ({"num_virtual_tokens": 0}, "`num_virtual_tokens`.*at least 1, got 0"),
     ({"num_virtual_tokens": -3}, "`num_virtual_tokens`.*got -3"),
     ({"bottleneck_size": 0}, "`bottleneck_size`.*got 0"),
-    ({"generator": "lstm"}, "`generator`.*static, npg, appg, mppg, attention, residual, got 'lstm'"),
+    (
+        {"generator": "lstm"},
+        "`generator`.*static, npg, appg, mppg, attention, residual, got 'lstm'",
+    ),
     ({"prompt_dropout": 1.0}, r"`prompt_dropout`.*\[0, 1\).*got 1.0"),
     ({"prompt_dropout": "no"}, "`prompt_dropout`.*got 'no'"),
     ({"upper_dropout": 0.1}, "`upper_dropout`.*True or False, got 0.1"),
@@ -37,7 +40,9 @@ def test_wrong_values_are_named(wrong, message):
 
 @pytest.mark.parametrize("k", [4, 5, 100])
 def test_layer_outside_of_the_model(k):
-    with pytest.raises(ValueError, match=f"`insertion_layer` must be between 1 and 3 .* 4 layers, got {k}"):
+    with pytest.raises(
+        ValueError, match=f"`insertion_layer` must be between 1 and 3 .* 4 layers, got {k}"
+    ):
         get_peft_model(tiny("bert"), LPTConfig(insertion_layer=k))
 
 
@@ -61,11 +66,18 @@ def test_defaults():
 
 @pytest.mark.parametrize(
     ("family", "key", "value"),
-    [("gpt2", "resid_pdrop", 0.2), ("opt", "dropout", 0.4), ("t5", "dropout_rate", 0.25), ("llama", "", 0.0)],
+    [
+        ("gpt2", "resid_pdrop", 0.2),
+        ("opt", "dropout", 0.4),
+        ("t5", "dropout_rate", 0.25),
+        ("llama", "", 0.0),
+    ],
 )
 def test_prompt_dropout_is_the_backbones(family, key, value):
     model = get_peft_model(tiny(family, **({key: value} if key else {})), LPTConfig())
-    generator = next(m for m in model.modules() if hasattr(m, "lpt_generator")).lpt_generator["default"]
+    generator = next(m for m in model.modules() if hasattr(m, "lpt_generator")).lpt_generator[
+        "default"
+    ]
     assert generator.dropout.p == value
 
 
@@ -78,7 +90,10 @@ def test_every_field_has_help():
 
 def test_json_round_trip(tmp_path):
     config = LPTConfig(
-        task_type="SEQ_CLS", insertion_layer=3, generator="mppg", id2label={0: "no", 1: "yes", 2: "?"}
+        task_type="SEQ_CLS",
+        insertion_layer=3,
+        generator="mppg",
+        id2label={0: "no", 1: "yes", 2: "?"},
     )
     config.save_pretrained(tmp_path)
     text = (tmp_path / "adapter_config.json").read_text()

@@ -142,7 +142,9 @@ def test_hidden_states_and_attentions(family):
         again = backbone(**inputs, output_hidden_states=True)
         with model.disable_adapter():
             off = backbone(**inputs, output_hidden_states=True)
-    assert len(out.hidden_states) == len(again.hidden_states) == len(plain.hidden_states) == LAYERS + 1
+    assert (
+        len(out.hidden_states) == len(again.hidden_states) == len(plain.hidden_states) == LAYERS + 1
+    )
     assert len(off.hidden_states) == LAYERS + 1  # capture hooks were put on once
     for state in out.hidden_states:
         assert state.shape[:2] == inputs["input_ids"].shape

@@ -20,7 +20,12 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from lpt_fast import LPTConfig
 
-KINDS = {"gpt2": "CAUSAL_LM", "bert": "SEQ_CLS", "deberta-v2": "TOKEN_CLS", "roberta": "QUESTION_ANS"}
+KINDS = {
+    "gpt2": "CAUSAL_LM",
+    "bert": "SEQ_CLS",
+    "deberta-v2": "TOKEN_CLS",
+    "roberta": "QUESTION_ANS",
+}
 
 
 def lpt(**more) -> LPTConfig:
@@ -177,7 +182,9 @@ def test_unload_gives_the_untrained_head_back():
     stir(model)
     with model.disable_adapter():
         torch.testing.assert_close(model(**inputs).logits, base(**inputs).logits, atol=0, rtol=0)
-    torch.testing.assert_close(model.unload()(**inputs).logits, base(**inputs).logits, atol=0, rtol=0)
+    torch.testing.assert_close(
+        model.unload()(**inputs).logits, base(**inputs).logits, atol=0, rtol=0
+    )
 
 
 HEADS = {
@@ -220,7 +227,9 @@ def test_the_whole_head_trains(family, kind):
 
 def test_head_can_be_left_out():
     model = get_peft_model(tiny("bert", "SEQ_CLS"), lpt(task_type="SEQ_CLS", train_head=False))
-    trained = {n.split(".")[2] for n, p in model.named_parameters() if p.requires_grad and "lpt_" not in n}
+    trained = {
+        n.split(".")[2] for n, p in model.named_parameters() if p.requires_grad and "lpt_" not in n
+    }
     assert trained == {"classifier"}  # PEFT's own rule
 
 
@@ -246,14 +255,18 @@ def test_mixed_adapter_batches_are_refused():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("family", ["bert", "deberta-v2", "modernbert", "gpt2", "opt", "llama", "t5"])
+@pytest.mark.parametrize(
+    "family", ["bert", "deberta-v2", "modernbert", "gpt2", "opt", "llama", "t5"]
+)
 def test_gradient_checkpointing(family, reentrant):
     """The same gradients; and it does recompute, although the frozen layers are in eval mode."""
     grads, calls = [], []
     for checkpointing in (False, True):
         base = tiny(family)
         if checkpointing:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            base.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+            )
         torch.manual_seed(5)
         model = get_peft_model(base, lpt(insertion_layer=2, prompt_dropout=0.0)).train()
         seen = []
@@ -262,7 +275,9 @@ def test_gradient_checkpointing(family, reentrant):
         layer.get_submodule(top)[3].register_forward_hook(lambda *a, seen=seen: seen.append(1))
         model(**batch()).last_hidden_state.square().sum().backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
-        inner = [m for m in layer.get_submodule(top)[3].modules() if isinstance(m, torch.nn.Dropout)]
+        inner = [
+            m for m in layer.get_submodule(top)[3].modules() if isinstance(m, torch.nn.Dropout)
+        ]
         assert not any(m.training for m in inner)
         calls.append(base)
     for a, b in zip(*grads, strict=True):
@@ -270,7 +285,9 @@ def test_gradient_checkpointing(family, reentrant):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("family", "kind"), [("bert", "SEQ_CLS"), ("llama", "SEQ_CLS"), ("gpt2", "CAUSAL_LM")])
+@pytest.mark.parametrize(
+    ("family", "kind"), [("bert", "SEQ_CLS"), ("llama", "SEQ_CLS"), ("gpt2", "CAUSAL_LM")]
+)
 def test_half_precision_base_with_fp32_adapter(family, kind, dtype):
     model = get_peft_model(tiny(family, kind).to(dtype), lpt(task_type=kind))
     for name, p in model.named_parameters():
@@ -368,7 +385,9 @@ def test_auto_model_for_other_tasks(base_dir, tmp_path):
     lm = get_peft_model(tiny("gpt2", "CAUSAL_LM"), lpt(task_type="CAUSAL_LM")).eval()
     lm.peft_config["default"].base_model_name_or_path = base
     lm.save_pretrained(tmp_path / "lm")
-    torch.testing.assert_close(model.from_pretrained(tmp_path / "lm")(**batch()).logits, lm(**batch()).logits)
+    torch.testing.assert_close(
+        model.from_pretrained(tmp_path / "lm")(**batch()).logits, lm(**batch()).logits
+    )
 
 
 def test_transformers_own_adapter_methods(tmp_path):
@@ -389,7 +408,9 @@ def test_transformers_own_adapter_methods(tmp_path):
     torch.testing.assert_close(model(**batch()).logits, expected)
     fresh = copy.deepcopy(base)
     fresh.add_adapter(lpt(), "new")
-    assert {n.split(".")[1] for n, p in fresh.named_parameters() if p.requires_grad} >= {"late_prompt"}
+    assert {n.split(".")[1] for n, p in fresh.named_parameters() if p.requires_grad} >= {
+        "late_prompt"
+    }
 
 
 def test_adapter_on_a_model_of_another_size(tmp_path):
@@ -414,14 +435,18 @@ def test_deepcopy_is_independent():
 
 def test_fold_residual_to_static(tmp_path):
     base = tiny("bert", "SEQ_CLS")
-    model = get_peft_model(copy.deepcopy(base), lpt(task_type="SEQ_CLS", generator="residual")).eval()
+    model = get_peft_model(
+        copy.deepcopy(base), lpt(task_type="SEQ_CLS", generator="residual")
+    ).eval()
     stir(model)
     expected = model(**batch()).logits
     model.base_model.fold_adapter()
     torch.testing.assert_close(model(**batch()).logits, expected)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
-    assert [n.split("lpt_generator.")[1] for n in saved if "lpt_" in n] == ["prompt_embedding.weight"]
+    assert [n.split("lpt_generator.")[1] for n in saved if "lpt_" in n] == [
+        "prompt_embedding.weight"
+    ]
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     torch.testing.assert_close(loaded(**batch()).logits, expected)
     with pytest.raises(ValueError, match="Only a 'residual' generator folds.*'static'"):
@@ -431,8 +456,12 @@ def test_fold_residual_to_static(tmp_path):
 def test_init_from_vocab():
     base = tiny("bert", "SEQ_CLS")
     torch.manual_seed(0)
-    model = get_peft_model(base, lpt(generator="static", init_from_vocab=True, num_virtual_tokens=9))
-    prompt = model.get_base_model().bert.late_prompt.lpt_generator["default"].prompt_embedding.weight
+    model = get_peft_model(
+        base, lpt(generator="static", init_from_vocab=True, num_virtual_tokens=9)
+    )
+    prompt = (
+        model.get_base_model().bert.late_prompt.lpt_generator["default"].prompt_embedding.weight
+    )
     # States after a layer norm have a mean of 0 and a variance of 1 in each row; random numbers do not.
     torch.testing.assert_close(prompt.mean(1), torch.zeros(9), atol=1e-5, rtol=0)
     torch.testing.assert_close(prompt.var(1, unbiased=False), torch.ones(9), atol=1e-4, rtol=0)

@@ -55,17 +55,23 @@ def test_the_head_reads_the_text_and_not_the_prompt(family):
         backbone = find_backbone(base)[1]
         states = late_prompt_by_hand(backbone, 2, "npg", weights, M, inputs)
         pooled = base.bert.pooler(states) if family == "bert" else states
-        torch.testing.assert_close(model(**inputs).logits, base.classifier(pooled), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            model(**inputs).logits, base.classifier(pooled), atol=1e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("family", ["bert", "deberta-v2", "modernbert", "gpt2", "qwen2"])
 def test_token_classification(family):
     _, model = adapted(family, "TOKEN_CLS", "TOKEN_CLS")
     inputs = batch()
-    labels = torch.randint(0, 2, inputs["input_ids"].shape).masked_fill(inputs["attention_mask"] == 0, -100)
+    labels = torch.randint(0, 2, inputs["input_ids"].shape).masked_fill(
+        inputs["attention_mask"] == 0, -100
+    )
     out = model(**inputs, labels=labels)
     assert out.logits.shape == (5, 9, 2)
-    torch.testing.assert_close(out.loss, F.cross_entropy(out.logits.flatten(0, 1), labels.flatten()))
+    torch.testing.assert_close(
+        out.loss, F.cross_entropy(out.logits.flatten(0, 1), labels.flatten())
+    )
     # Labels of tokens are no answer that the prompt could give away: it is made from all tokens with and without.
     torch.testing.assert_close(out.logits, model(**inputs).logits)
 
@@ -86,7 +92,9 @@ def test_cloze():
     weights = {n: p.detach() for n, p in generator_weights(model).items()}
     with torch.no_grad():
         states = late_prompt_by_hand(base.roberta, 2, "npg", weights, M, inputs)
-        torch.testing.assert_close(model(**inputs).logits, base.lm_head(states), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            model(**inputs).logits, base.lm_head(states), atol=1e-5, rtol=1e-5
+        )
     labels = torch.full_like(inputs["input_ids"], -100)
     labels[:, 1] = 7
     out = model(**inputs, labels=labels)
@@ -98,7 +106,9 @@ def test_seq2seq():
     inputs = batch("left")
     labels = torch.randint(3, 90, (5, 4))
     out = model(**inputs, labels=labels)
-    torch.testing.assert_close(out.loss, F.cross_entropy(out.logits.flatten(0, 1), labels.flatten()))
+    torch.testing.assert_close(
+        out.loss, F.cross_entropy(out.logits.flatten(0, 1), labels.flatten())
+    )
     weights = {n: p.detach() for n, p in generator_weights(model).items()}
     with torch.no_grad():
         states = late_prompt_by_hand(base.encoder, 2, "npg", weights, M, inputs)
@@ -233,7 +243,12 @@ def test_logits_of_cached_steps():
     inputs = batch("left")
     positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     first = model(**inputs, position_ids=positions, use_cache=True)
-    assert [layer.get_seq_length() for layer in first.past_key_values.layers] == [9, 9, 9 + M, 9 + M]
+    assert [layer.get_seq_length() for layer in first.past_key_values.layers] == [
+        9,
+        9,
+        9 + M,
+        9 + M,
+    ]
     token = torch.full((5, 1), 7)
     mask = torch.cat([inputs["attention_mask"], torch.ones(5, 1, dtype=torch.long)], 1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -257,7 +272,9 @@ def test_beam_search_and_sampling():
     _, model = adapted("gpt2", "CAUSAL_LM", "CAUSAL_LM")
     inputs = batch("left")
     beams = model.generate(**inputs, max_new_tokens=5, num_beams=3, do_sample=False)
-    uncached = model.generate(**inputs, max_new_tokens=5, num_beams=3, do_sample=False, use_cache=False)
+    uncached = model.generate(
+        **inputs, max_new_tokens=5, num_beams=3, do_sample=False, use_cache=False
+    )
     assert beams.tolist() == uncached.tolist()
     torch.manual_seed(0)
     many = model.generate(**inputs, max_new_tokens=3, do_sample=True, num_return_sequences=2)

@@ -97,7 +97,7 @@ def test_own_task_from_yaml(tmp_path):
     ("changes", "message"),
     [
         ({"metrics": "f1"}, r"unknown key 'metrics'.*did you mean 'metric'"),
-        ({"template": None, "metric": None}, "no template and no metric"),
+        ({"template": None, "label_words": None}, "no template and no label_words"),
         ({"template": '"{subject} {body} {mask} {extra}"'}, r"\{extra\}.*\['subject', 'body'\]"),
         ({"template": '"{subject} {body}"'}, r"0 \{mask\}.*exactly one"),
         ({"template": '"{subject} {mask} {body} {mask}"'}, r"2 \{mask\}.*exactly one"),

@@ -31,7 +31,11 @@ def collate(examples):
     width = max(len(e["input_ids"]) for e in examples)
     pad = lambda name: torch.tensor([e[name] + [0] * (width - len(e[name])) for e in examples])  # noqa: E731
     labels = torch.tensor([e["labels"] for e in examples])
-    return {"input_ids": pad("input_ids"), "attention_mask": pad("attention_mask"), "labels": labels}
+    return {
+        "input_ids": pad("input_ids"),
+        "attention_mask": pad("attention_mask"),
+        "labels": labels,
+    }
 
 
 def accuracy(prediction):
@@ -106,7 +110,9 @@ class Gradients(Trainer):
 
         def keep(*_):
             if not hasattr(self, "grads"):
-                self.grads = {n: p.grad.clone() for n, p in parameters.items() if p.grad is not None}
+                self.grads = {
+                    n: p.grad.clone() for n, p in parameters.items() if p.grad is not None
+                }
 
         optimizer.register_step_pre_hook(keep)
         return optimizer
@@ -192,7 +198,9 @@ def test_label_smoothing(tmp_path):
         with torch.no_grad():
             losses.append(float(trainer.compute_loss(model, dict(inputs))))
             logits = model(**inputs).logits
-        expected = torch.nn.functional.cross_entropy(logits, inputs["labels"], label_smoothing=smoothing)
+        expected = torch.nn.functional.cross_entropy(
+            logits, inputs["labels"], label_smoothing=smoothing
+        )
         assert abs(losses[-1] - float(expected)) < 1e-6
         trainer.train()
     assert losses[0] != losses[1]
@@ -218,7 +226,9 @@ def test_no_graph_and_no_gradient_below_the_insertion(family):
     """Autograd saves no tensor of a layer at or below k, and keeps none of their parameters."""
     k = 2
     base = tiny(family, "SEQ_CLS")
-    model = get_peft_model(base, LPTConfig(task_type="SEQ_CLS", insertion_layer=k, bottleneck_size=4)).train()
+    model = get_peft_model(
+        base, LPTConfig(task_type="SEQ_CLS", insertion_layer=k, bottleneck_size=4)
+    ).train()
     backbone, line = find_backbone(base)[1:]
     layers = get_layers(backbone, line)
     below = {p.data_ptr() for layer in layers[:k] for p in layer.parameters()}
@@ -249,10 +259,14 @@ def test_no_graph_and_no_gradient_below_the_insertion(family):
 
 
 @pytest.mark.parametrize("upper_dropout", [False, True])
-@pytest.mark.parametrize("family", ["bert", "roberta", "deberta", "modernbert", "gpt2", "opt", "t5"])
+@pytest.mark.parametrize(
+    "family", ["bert", "roberta", "deberta", "modernbert", "gpt2", "opt", "t5"]
+)
 def test_modes_of_frozen_layers(family, upper_dropout):
     base = tiny(family)
-    model = get_peft_model(base, LPTConfig(insertion_layer=2, upper_dropout=upper_dropout, bottleneck_size=4))
+    model = get_peft_model(
+        base, LPTConfig(insertion_layer=2, upper_dropout=upper_dropout, bottleneck_size=4)
+    )
     backbone, line = find_backbone(base)[1:]
     layers = get_layers(backbone, line)
 

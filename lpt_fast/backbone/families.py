@@ -31,6 +31,8 @@ class Family:
         layer_types: whether the code reads `config.layer_types[i]`, which then must be cut as the layers are.
         bias_owner: T5: only the first layer holds the relative position bias, and the upper half's first needs it.
         first_layer_extra: path of a module that acts after layer 1 only (DeBERTa-v2's convolution), or "".
+        positions_after_padding: whether learned positions start behind the padding token's id (RoBERTa), so that the
+            table has that many places less.
         dropout_keys: config fields that may hold the hidden dropout, the first found counts.
     """
 
@@ -44,11 +46,21 @@ class Family:
     layer_types: bool = False
     bias_owner: bool = False
     first_layer_extra: str = ""
+    positions_after_padding: bool = False
     dropout_keys: tuple[str, ...] = ("hidden_dropout_prob",)
+
+    def max_length(self, config) -> int | None:
+        """Most tokens that the backbone takes; None where nothing limits it (T5)."""
+        places = getattr(config, "max_position_embeddings", None)
+        if places is not None and self.positions_after_padding:
+            places -= config.pad_token_id + 1
+        return places
 
     def default_dropout(self, config) -> float:
         """The hidden dropout of the backbone, which the prompt takes when its own is not set."""
-        return next((float(getattr(config, k)) for k in self.dropout_keys if hasattr(config, k)), 0.0)
+        return next(
+            (float(getattr(config, k)) for k in self.dropout_keys if hasattr(config, k)), 0.0
+        )
 
 
 class PassEmbeddings(nn.Module):
@@ -110,15 +122,17 @@ def _encoder(name: str, **kwargs) -> Family:
 
 
 def _llama(name: str, **kwargs) -> Family:
-    return Family(name, "layers", _none, True, ("norm",), takes_positions=True, dropout_keys=(), **kwargs)
+    return Family(
+        name, "layers", _none, True, ("norm",), takes_positions=True, dropout_keys=(), **kwargs
+    )
 
 
 # Keyed by the class of the backbone, not by model_type: one model_type has several classes (T5's encoder stack inside
 # T5Model, OPTDecoder inside OPTModel), and the class is what gets split.
 FAMILIES: dict[str, Family] = {
     "BertModel": _encoder("BERT", pooler="pooler"),
-    "RobertaModel": _encoder("RoBERTa", pooler="pooler"),
-    "XLMRobertaModel": _encoder("XLM-RoBERTa", pooler="pooler"),
+    "RobertaModel": _encoder("RoBERTa", pooler="pooler", positions_after_padding=True),
+    "XLMRobertaModel": _encoder("XLM-RoBERTa", pooler="pooler", positions_after_padding=True),
     "ElectraModel": _encoder("ELECTRA"),
     "DebertaModel": _encoder("DeBERTa"),
     "DebertaV2Model": _encoder("DeBERTa-v2/v3", first_layer_extra="encoder.conv"),
@@ -161,7 +175,13 @@ FAMILIES: dict[str, Family] = {
 
 # Where a task model's head reads the backbone only in part, its modules with weights outside the backbone are the
 # head. These task models are language models: their head is part of what was pre-trained and stays frozen.
-LM_HEADS = ("ForMaskedLM", "ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForPreTraining")
+LM_HEADS = (
+    "ForMaskedLM",
+    "ForCausalLM",
+    "LMHeadModel",
+    "ForConditionalGeneration",
+    "ForPreTraining",
+)
 
 
 def family_of(module: nn.Module) -> Family | None:
@@ -200,7 +220,9 @@ def get_layers(backbone: nn.Module, family: Family) -> nn.ModuleList:
     return backbone.get_submodule(family.layers)
 
 
-def head_modules(model: nn.Module, backbone_name: str, backbone: nn.Module, family: Family) -> list[str]:
+def head_modules(
+    model: nn.Module, backbone_name: str, backbone: nn.Module, family: Family
+) -> list[str]:
     """Dotted names (relative to the model) of everything with weights between the last layer and the logits.
 
     Empty for language models (their head was pre-trained and stays frozen) and for a bare backbone (no head). A

@@ -49,7 +49,9 @@ class PromptLayout:
         """For each of the m + S rows, the row of [prompt; text] that goes there. int64 [B, m + S]."""
         row = torch.arange(length + self.m, device=self.starts.device)
         start = self.starts[:, None]
-        return torch.where(row < start, row + self.m, torch.where(row < start + self.m, row - start, row))
+        return torch.where(
+            row < start, row + self.m, torch.where(row < start + self.m, row - start, row)
+        )
 
     def insert(self, prompt: Tensor, text: Tensor) -> Tensor:
         """prompt [B, m, ...] and text [B, S, ...] -> [B, m + S, ...]."""

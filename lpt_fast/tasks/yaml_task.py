@@ -8,8 +8,8 @@ from typing import Any
 
 from .templates import TaskSpec
 
-_REQUIRED = ("name", "text_columns", "template", "label_words", "metric")
-_OPTIONAL = ("decoder_template",)
+_REQUIRED = ("name", "text_columns", "template", "label_words")
+_OPTIONAL = ("metric", "decoder_template")
 
 
 def read_yaml_task(path: Path) -> TaskSpec:
@@ -61,7 +61,7 @@ def read_yaml_task(path: Path) -> TaskSpec:
         template=content["template"],
         decoder_template=content.get("decoder_template"),
         label_words=_label_words(path, content["label_words"]),
-        metric=content["metric"],
+        metric=content.get("metric") or "accuracy",
     )
 
 
