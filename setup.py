@@ -1,3 +1,5 @@
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 # The metadata lives here rather than in pyproject.toml because one file that says which folders are packages is
@@ -6,7 +8,7 @@ setup(
     name="lpt-fast",
     version="0.1.0",
     description="Late Prompt Tuning as a PEFT method: freeze the model, prompt it from its own hidden states",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

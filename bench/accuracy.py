@@ -73,7 +73,7 @@ def main(
             settings = METHODS[name]
             rate = learning_rate or LEARNING_RATES[settings["method"]]
             is_lpt = settings["method"] == "lpt"
-            rows = sum(1 for _ in open(f"{data}/{task}/train.tsv", encoding="utf-8")) - 1
+            rows = Path(data, task, "train.tsv").read_text(encoding="utf-8").count("\n") - 1
             row = {
                 "task": task,
                 "method": name,

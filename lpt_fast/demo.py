@@ -59,7 +59,7 @@ def run(model: str | None, output_dir: str, epochs: float, seed: int) -> dict:
     except RuntimeError as error:  # too few packages on this machine
         raise ValueError(str(error)) from None
     counts = {
-        split: sum(1 for _ in open(path, encoding="utf-8")) - 1 for split, path in paths.items()
+        split: path.read_text(encoding="utf-8").count("\n") - 1 for split, path in paths.items()
     }
     sizes = ", ".join(f"{n} {split}" for split, n in counts.items())
     typer.echo(f"   {sizes} sentences, written to {folder / 'data'}")

@@ -72,9 +72,8 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         # A list hides them from nn.Module: they hold this module, not the other way round.
         self._outside = [root, backbone]
         self._call = _Call()
-        self._generation: list | None = (
-            None  # the one slot: context lengths of the running generate()
-        )
+        # While generate() runs, a list whose one item is the context lengths once they are known.
+        self._generation: list | None = None
         self._base_labels = _labels_of(root)
 
     # -- life of the module ------------------------------------------------------------------------------------
@@ -316,10 +315,12 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         if wanted is not None and wanted is not False:
             kwargs["output_hidden_states"] = True
         attentions = kwargs.get("output_attentions", self.backbone.config.output_attentions)
-        if (wanted or attentions) and maybe_install_capturing_hooks is not None:
-            # The hooks go on the layers, which the halves share. Installed by each half, each would report twice.
-            if hasattr(type(self.backbone), "_can_record_outputs"):
-                maybe_install_capturing_hooks(self.backbone)
+        # The hooks go on the layers, which the halves share. Installed by each half, each would report twice.
+        known = (
+            hasattr(type(self.backbone), "_can_record_outputs") and maybe_install_capturing_hooks
+        )
+        if (wanted or attentions) and known:
+            maybe_install_capturing_hooks(self.backbone)
         return wanted
 
     def _cache(self, kwargs: dict):

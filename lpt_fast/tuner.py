@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from peft.mapping import (
@@ -33,7 +34,7 @@ class LPTModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = LatePrompt
-    target_module_mapping: dict = {}
+    target_module_mapping: ClassVar[dict] = {}
 
     def forward(self, *args, **kwargs):
         # By call and not by .forward(), which would pass by the hook that notes labels and context lengths.
