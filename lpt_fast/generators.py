@@ -50,9 +50,10 @@ def adaptive_avg_pool(hidden: Tensor, tokens: Tensor, m: int) -> Tensor:
     member = (
         (rank[:, None] >= start[..., None]) & (rank[:, None] < end[..., None]) & tokens[:, None]
     )
-    weight = member / (end - start).clamp(min=1)[..., None]  # [B, m, S]
+    # In the dtype of `hidden`: an integer quotient would be rounded to fp32 first.
+    weight = member.to(hidden.dtype) / (end - start).clamp(min=1).to(hidden.dtype)[..., None]
     # Positions that may not be read can hold anything, NaN included, and 0 * NaN is not 0.
-    return weight.to(hidden.dtype) @ hidden.masked_fill(~tokens[..., None], 0)
+    return weight @ hidden.masked_fill(~tokens[..., None], 0)
 
 
 def adaptive_max_pool(hidden: Tensor, tokens: Tensor, m: int) -> Tensor:
