@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,11 +15,13 @@ from transformers import DynamicCache
 
 from .backbone.copies import LATE_PROMPT
 from .backbone.families import Family, get_layers
-from .backbone.layout import PromptLayout, check
+from .backbone.layout import PromptLayout
 from .backbone.lower import run_lower
 from .backbone.upper import run_upper
 from .config import LPTConfig
+from .context import attended, before_answer, first_tokens, warn_of_leak
 from .generators import PromptGenerator, build_generator
+from .labels import get_labels, set_labels
 
 try:  # The place is internal to transformers; without it, hidden states are still captured, but maybe twice.
     from transformers.utils.output_capturing import maybe_install_capturing_hooks
@@ -74,7 +75,7 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         self._call = _Call()
         # While generate() runs, a list whose one item is the context lengths once they are known.
         self._generation: list | None = None
-        self._base_labels = _labels_of(root)
+        self._base_labels = get_labels(root)
 
     # -- life of the module ------------------------------------------------------------------------------------
 
@@ -110,7 +111,7 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         root.__dict__.pop("generate", None)
         if self._sets_loss_flag:
             del root.accepts_loss_kwargs
-        _set_labels(root, self._base_labels)
+        set_labels(root, self._base_labels)
 
     def add_generator(self, adapter_name: str, config: LPTConfig, inference_mode: bool) -> None:
         """Adds the generator of a new adapter, on the device of the layer before the insertion."""
@@ -197,7 +198,7 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         self._sync_modes()
         config = self.active_config
         labels = None if config is None else (config.num_labels, config.id2label)
-        _set_labels(self.root, labels if labels and labels[0] else self._base_labels)
+        set_labels(self.root, labels if labels and labels[0] else self._base_labels)
 
     def _sync_modes(self) -> None:
         """Frozen layers in eval mode: those below the insertion always, those above unless upper_dropout is set."""
@@ -370,57 +371,21 @@ class LatePrompt(nn.Module, BaseTunerLayer):
             )
 
     def _readable(self, tokens: Tensor | None, hidden: Tensor, call: _Call) -> Tensor:
-        """Which positions the generator may read: the example's tokens, in decoders those of the context.
-
-        bool [B, S]. Raises ValueError for an example without any, and for context lengths that cannot be.
-        """
-        batch, length = hidden.shape[:2]
-        if tokens is None:
-            tokens = torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
-        tokens = tokens[:, -length:]
-        check(
-            tokens.any(1),
-            "An example of the batch has no attended token; every row of attention_mask needs at least one 1.",
-        )
+        """Which positions the generator may read, bool [B, S]; of decoders the context alone."""
+        tokens = attended(tokens, *hidden.shape[:2], hidden.device)
         if not self.family.causal:
             return tokens
-        given = call.context_lengths
-        if self._generation is not None and given is None:
+        context = call.context_lengths
+        if context is None and self._generation is not None:
             if self._generation[0] is None:
                 self._generation[0] = tokens.sum(1)
-            given = self._generation[0]
-        if given is not None:
-            context = torch.as_tensor(given, device=hidden.device)
-            if context.dim() != 1 or batch % max(1, len(context)):
-                raise ValueError(
-                    f"`context_lengths` must hold one number for each of the {batch} examples, got the shape "
-                    f"{tuple(context.shape)}."
-                )
-            context = context.repeat_interleave(batch // len(context))  # beams
-            count = tokens.sum(1)
-            check(
-                (context >= 1) & (context <= count),
-                f"`context_lengths` must be between 1 and the number of attended tokens of each example, got "
-                f"{_short(context)} for {_short(count)} tokens.",
-            )
-            return tokens & (tokens.long().cumsum(1) <= context[:, None])
-        labels = call.labels
-        if self.causal_lm and labels is not None:
-            before_answer = (labels != -100).long().cumsum(1) == 0
-            readable = tokens & before_answer.to(tokens.device)
-            check(
-                readable.any(1),
-                "An example's labels begin at its first token, which leaves no context to make the prompt from; set "
-                "the labels of the context to -100, or give `context_lengths`.",
-            )
-            return readable
+            context = self._generation[0]
+        if context is not None:
+            return first_tokens(tokens, context)
+        if self.causal_lm and call.labels is not None:
+            return before_answer(tokens, call.labels)
         if self.causal_lm and self.training and torch.is_grad_enabled():
-            warnings.warn(
-                "A causal language model trains without labels or context_lengths in its forward, so the prompt is "
-                "made from every attended token, the answer included. (With label smoothing or a loss function of "
-                "its own, Trainer takes the labels away: pass context_lengths.)",
-                stacklevel=2,
-            )
+            warn_of_leak()
         return tokens
 
     def _assemble(self, lower, upper, strip, cache, wanted):
@@ -450,28 +415,3 @@ NO_MERGE = (
     "A late prompt depends on the input and cannot be merged into the weights. Keep the adapter (save_pretrained), or "
     "call unload() for the base model without it."
 )
-
-
-def _short(values: Tensor) -> str:
-    return str(values.tolist() if len(values) <= 8 else [*values[:8].tolist(), "..."])
-
-
-def _labels_of(root: nn.Module):
-    config = getattr(root, "config", None)
-    if getattr(config, "num_labels", None) is None:
-        return None
-    return config.num_labels, dict(config.id2label)
-
-
-def _set_labels(root: nn.Module, labels) -> None:
-    """Gives the model the label space of an adapter: heads read `num_labels` for the loss, users `id2label`."""
-    if labels is None or getattr(root, "config", None) is None:
-        return
-    num_labels, names = labels
-    if hasattr(root, "num_labels"):
-        root.num_labels = num_labels
-    if names is None:
-        root.config.num_labels = num_labels
-    else:
-        root.config.id2label = dict(names)
-        root.config.label2id = {name: i for i, name in names.items()}

@@ -7,18 +7,24 @@ text do not depend on how much padding the batch happens to need.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def check(condition: Tensor, message: str) -> None:
-    """Raises ValueError(message) unless all of `condition` hold. On CUDA as a device assert, so as not to wait."""
+def check(condition: Tensor, message: Callable[[], str]) -> None:
+    """Raises ValueError(message()) unless all of `condition` hold.
+
+    On CUDA it is a device assert: looking at the result would make the host wait in every step.
+    """
     if condition.is_cuda:
-        torch._assert_async(condition.all(), message)
+        torch._assert_async(
+            condition.all(), "lpt_fast: wrong attention_mask, labels or context_lengths"
+        )
     elif not condition.all():
-        raise ValueError(message)
+        raise ValueError(message())
 
 
 @dataclass(frozen=True)
