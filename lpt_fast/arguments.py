@@ -1,4 +1,5 @@
-"""The settings of the command line: one dataclass a command, from defaults, then a YAML file, then flags.
+"""The settings of the command line: one dataclass a command, from defaults, then a YAML file, then
+flags.
 
 Names are those of Hugging Face's example scripts and TrainingArguments. Imports nothing heavy.
 """
@@ -35,7 +36,8 @@ class DataArguments:
     label_column: str = _option("label", "Column of the label.", "Data")
     max_length: int | None = _option(
         None,
-        "Most tokens of an example; longer texts are cut, templates never. Default: 128, or what the model takes.",
+        "Most tokens of an example; longer texts are cut, templates never. Default: 128, or what "
+        "the model takes.",
         "Data",
     )
 
@@ -47,12 +49,14 @@ class TrainArguments(DataArguments):
     model: str | None = _option(None, "Model: a hub name or a local folder.", "Model")
     method: str = _option(
         "lpt",
-        "What is trained: lpt, or for comparison head (pooler and classifier), lora, prompt_tuning, full.",
+        "What is trained: lpt, or for comparison head (pooler and classifier), lora, "
+        "prompt_tuning, full.",
         "Model",
     )
     formulation: str = _option(
         "classification",
-        "'classification' trains a head; 'cloze' predicts label words, at the mask or (causal models) as next token.",
+        "'classification' trains a head; 'cloze' predicts label words, at the mask or (causal "
+        "models) as next token.",
         "Model",
     )
     torch_dtype: str = _option(
@@ -156,12 +160,13 @@ class TrainArguments(DataArguments):
             raise ValueError("There is nothing to train on: give --train_file or --dataset.")
         if self.formulation == "cloze" and self.method != "lpt":
             raise ValueError(
-                f"`--formulation cloze` goes with --method lpt, got --method {self.method}; the other methods are "
-                "for comparison and train a classification head."
+                f"`--formulation cloze` goes with --method lpt, got --method {self.method}; the "
+                "other methods are for comparison and train a classification head."
             )
         if self.formulation == "cloze" and not self.task:
             raise ValueError(
-                "`--formulation cloze` needs a template and label words: give --task (a name or a YAML)."
+                "`--formulation cloze` needs a template and label words: give --task (a name or a "
+                "YAML)."
             )
         if self.load_best_model_at_end and not (
             self.validation_file or self.dataset or self.few_shot
@@ -273,8 +278,8 @@ def read_yaml(path: str, cls: type) -> dict[str, Any]:
     """Settings from a YAML file, checked against the fields of `cls`.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, no mapping, an unknown key (with the nearest known one), a value
-            of the wrong type.
+        FileNotFoundError, ValueError: no such file, no mapping, an unknown key (with the nearest
+            known one), a value of the wrong type.
     """
     import yaml
 
@@ -301,7 +306,9 @@ def read_yaml(path: str, cls: type) -> dict[str, Any]:
 
 
 def merge(cls: type, config: str | None, flags: dict[str, Any]):
-    """An instance of `cls`: defaults, then the YAML file `config`, then the flags that were given (not None)."""
+    """An instance of `cls`: defaults, then the YAML file `config`, then the flags that were
+    given (not None).
+    """
     settings = read_yaml(config, cls) if config else {}
     settings.update({name: value for name, value in flags.items() if value is not None})
     return cls(**settings)

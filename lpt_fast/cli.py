@@ -1,4 +1,6 @@
-"""The command line: lpt-fast demo | train | eval | predict | env. Heavy imports wait until a command runs."""
+"""The command line: lpt-fast demo | train | eval | predict | env. Heavy imports wait until a
+command runs.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Late Prompt Tuning: train, evaluate and use prompts made from a frozen model's own hidden states.",
+    help="Late Prompt Tuning: train, evaluate and use prompts made from a frozen model's own "
+    "hidden states.",
 )
 
 
@@ -145,8 +148,9 @@ def train(args: TrainArguments) -> None:
         typer.echo(metrics_table(splits))
     share = results["trainable_parameters"] / results["parameters"]
     typer.echo(
-        f"{results['method']}: {results['train_examples']} examples in {results['train_seconds']} s, "
-        f"{results['trainable_parameters']:,} parameters trained ({percent(share)} of the model)"
+        f"{results['method']}: {results['train_examples']} examples in "
+        f"{results['train_seconds']} s, {results['trainable_parameters']:,} parameters trained "
+        f"({percent(share)} of the model)"
     )
     typer.echo(f"Saved to {args.output_dir}. Next: lpt-fast predict --adapter {args.output_dir}")
 
@@ -162,7 +166,7 @@ def eval_(args: EvalArguments) -> None:
 
 @_command(PredictArguments)
 def predict(args: PredictArguments) -> None:
-    """Label texts: a file, or standard input with one text a line. Writes labels with probabilities."""
+    """Label texts of a file or of standard input (one a line), with probabilities."""
     from .predict import predict as run
 
     _quiet()
@@ -178,7 +182,7 @@ def demo(
     epochs: float = typer.Option(4.0, "--num_train_epochs", help="Passes over the training data."),
     seed: int = typer.Option(42, "--seed", help="Seed."),
 ) -> None:
-    """Train on real text that is on this machine already, and show what to type next. About 2 minutes."""
+    """Train on real text that this machine has already, and show what to type next."""
     from .demo import run
 
     with clean_errors():

@@ -1,4 +1,6 @@
-"""LPTConfig: everything that defines a Late Prompt Tuning adapter. A leaf: imports PEFT's config only."""
+"""LPTConfig: everything that defines a Late Prompt Tuning adapter. A leaf: imports PEFT's config
+only.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,11 @@ PREFIX = "lpt_"
 
 
 class _LPTType(str):
-    """The string "LPT" that also answers `.value`, as a member of PEFT's closed enum of methods would.
+    """The string "LPT" that also answers `.value`, as a member of PEFT's closed enum of methods
+    would.
 
-    `transformers` reads `config.peft_type.value` when it loads an adapter without PEFT's model class.
+    `transformers` reads `config.peft_type.value` when it loads an adapter without PEFT's model
+    class.
     """
 
     __slots__ = ()
@@ -36,15 +40,17 @@ def _whole(name: str, value: object, low: int, why: str = "") -> None:
 
 @dataclass
 class LPTConfig(PeftConfig):
-    """Configuration of a Late Prompt Tuning adapter (Liu et al., Findings of EMNLP 2022, section 3).
+    """Configuration of a Late Prompt Tuning adapter (Liu et al., Findings of EMNLP 2022,
+    section 3).
 
     The layers 1..k (k = `insertion_layer`) run frozen and without gradient. A generator makes m =
-    `num_virtual_tokens` prompt rows from the output of layer k. They are put before the first token, flow through the
-    layers k+1..L and are removed after the last one.
+    `num_virtual_tokens` prompt rows from the output of layer k. They are put before the first
+    token, flow through the layers k+1..L and are removed after the last one.
 
     Raises:
-        ValueError: for a value that cannot work; the message names the field, what it got and what is allowed. What
-            depends on the model (the range of `insertion_layer`) is checked when the adapter is added to it.
+        ValueError: for a value that cannot work; the message names the field, what it got and what
+            is allowed. What depends on the model (the range of `insertion_layer`) is checked when
+            the adapter is added to it.
     """
 
     insertion_layer: int | None = field(
@@ -60,10 +66,11 @@ class LPTConfig(PeftConfig):
     generator: str = field(
         default="npg",
         metadata={
-            "help": "How the prompt is made from the hidden states: 'static' (one learned prompt for all), 'npg' "
-            "(from the first token, in decoders the last context token), 'appg' / 'mppg' (adaptive average / maximum "
-            "pooling over the tokens), 'attention' (learned queries attend over the tokens), 'residual' (a learned "
-            "prompt with bottleneck branches; fold() makes it static)."
+            "help": "How the prompt is made from the hidden states: 'static' (one learned prompt "
+            "for all), 'npg' (from the first token, in decoders the last context token), 'appg' / "
+            "'mppg' (adaptive average / maximum pooling over the tokens), 'attention' (learned "
+            "queries attend over the tokens), 'residual' (a learned prompt with bottleneck "
+            "branches; fold() makes it static)."
         },
     )
     bottleneck_size: int = field(
@@ -73,23 +80,23 @@ class LPTConfig(PeftConfig):
     prompt_dropout: float | None = field(
         default=None,
         metadata={
-            "help": "Dropout on the generated prompt (never on the hidden states). Default: the backbone's own "
-            "hidden dropout, 0 where it has none."
+            "help": "Dropout on the generated prompt (never on the hidden states). Default: the "
+            "backbone's own hidden dropout, 0 where it has none."
         },
     )
     upper_dropout: bool = field(
         default=False,
         metadata={
-            "help": "Whether the frozen layers above the insertion keep their dropout in training. Layers at and "
-            "below it never do. Off is the default because it is as good or better where it was measured "
-            "(bench/results)."
+            "help": "Whether the frozen layers above the insertion keep their dropout in training. "
+            "Layers at and below it never do. Off is the default because it is as good or better "
+            "where it was measured (bench/results)."
         },
     )
     init_from_vocab: bool = field(
         default=False,
         metadata={
-            "help": "Only for generator='static': start the prompt from what m random vocabulary tokens look like "
-            "after layer k, instead of from random numbers."
+            "help": "Only for generator='static': start the prompt from what m random vocabulary "
+            "tokens look like after layer k, instead of from random numbers."
         },
     )
     num_labels: int | None = field(
@@ -105,24 +112,26 @@ class LPTConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Modules trained in full and saved with the adapter. For classification and question answering "
-            "the whole head (everything with weights between the last layer and the logits, a pooler in the backbone "
-            "included) is added by itself; name more here."
+            "help": "Modules trained in full and saved with the adapter. For classification and "
+            "question answering the whole head (everything with weights between the last layer and "
+            "the logits, a pooler in the backbone included) is added by itself; name more here."
         },
     )
     train_head: bool = field(
         default=True,
         metadata={
-            "help": "Whether the head of a classification or question answering model is trained and saved without "
-            "being named in modules_to_save. PEFT always trains modules called 'classifier' and 'score'."
+            "help": "Whether the head of a classification or question answering model is trained "
+            "and saved without being named in modules_to_save. PEFT always trains modules called "
+            "'classifier' and 'score'."
         },
     )
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = LPT
-        # PEFT matches modules by this name. LPT adapts one place, the insertion layer, which the tuner finds from
-        # the model's family; it is not a field, so that it is neither saved nor set by hand.
+        # PEFT matches modules by this name. LPT adapts one place, the insertion layer, which the
+        # tuner finds from the model's family; it is not a field, so that it is neither saved nor
+        # set by hand.
         self.target_modules = None
         if self.insertion_layer is not None:
             _whole("insertion_layer", self.insertion_layer, 1, " and below the number of layers")
@@ -142,7 +151,8 @@ class LPTConfig(PeftConfig):
             raise ValueError(f"`upper_dropout` must be True or False, got {self.upper_dropout!r}.")
         if self.init_from_vocab and self.generator != "static":
             raise ValueError(
-                f"`init_from_vocab` works with generator='static' only, got generator={self.generator!r}."
+                "`init_from_vocab` works with generator='static' only, got "
+                f"generator={self.generator!r}."
             )
         if self.num_labels is not None:
             _whole("num_labels", self.num_labels, 1)
@@ -153,8 +163,8 @@ class LPTConfig(PeftConfig):
                 self.num_labels = len(self.id2label)
             if sorted(self.id2label) != list(range(self.num_labels)):
                 raise ValueError(
-                    f"`id2label` must name the labels 0..{self.num_labels - 1} (num_labels={self.num_labels}), got "
-                    f"the keys {sorted(self.id2label)}."
+                    f"`id2label` must name the labels 0..{self.num_labels - 1} "
+                    f"(num_labels={self.num_labels}), got the keys {sorted(self.id2label)}."
                 )
         if isinstance(self.modules_to_save, str):
             raise ValueError(

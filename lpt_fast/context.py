@@ -1,4 +1,6 @@
-"""Which tokens a prompt may be made from: all of an encoder's, of a decoder's the context and never the answer."""
+"""Which tokens a prompt may be made from: all of an encoder's, of a decoder's the context and
+never the answer.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ def attended(tokens: Tensor | None, batch: int, length: int, device: torch.devic
     """The tokens of each example, bool [B, S].
 
     Args:
-        tokens: which positions hold tokens, bool [B, at least S] (the last S count), or None for all.
+        tokens: which positions hold tokens, bool [B, at least S] (the last S count), or None for
+            all.
         batch, length, device: of the hidden states.
 
     Raises:
@@ -63,7 +66,8 @@ def first_tokens(tokens: Tensor, context_lengths) -> Tensor:
 
 
 def before_answer(tokens: Tensor, labels: Tensor) -> Tensor:
-    """The tokens before the first label that is not -100, bool [B, S]; all of an example without labels.
+    """The tokens before the first label that is not -100, bool [B, S]; all of an example without
+    labels.
 
     Args:
         tokens: bool [B, S].
@@ -84,7 +88,9 @@ def before_answer(tokens: Tensor, labels: Tensor) -> Tensor:
 
 
 def warn_of_leak() -> None:
-    """For a causal language model in training whose forward is told nothing of where the answer begins."""
+    """For a causal language model in training whose forward is told nothing of where the answer
+    begins.
+    """
     warnings.warn(
         "A causal language model trains without labels or context_lengths in its forward, so the "
         "prompt is made from every attended token, the answer included. (With label smoothing or a "

@@ -16,7 +16,8 @@ RUN_FILE = "lpt_run.json"
 
 @dataclass
 class Formulation:
-    """How texts become inputs and outputs become labels. Saved beside the adapter, so that prediction does the same.
+    """How texts become inputs and outputs become labels. Saved beside the adapter, so that
+    prediction does the same.
 
     Attributes:
         labels: names of the classes, in the order of their ids.
@@ -88,9 +89,9 @@ class Formulation:
             labels: class ids, or None for prediction.
 
         Returns:
-            input_ids, attention_mask, (token_type_ids), and `labels`: the class id, or for cloze the label word's id
-            at its place and -100 elsewhere; for cloze also `readout`, the position whose logits count, and for
-            causal models `context_lengths`.
+            input_ids, attention_mask, (token_type_ids), and `labels`: the class id, or for cloze
+            the label word's id at its place and -100 elsewhere; for cloze also `readout`, the
+            position whose logits count, and for causal models `context_lengths`.
         """
         if not self.cloze:
             encoded = encode_texts(tokenizer, list(rows), rows, self.max_length)
@@ -133,7 +134,8 @@ class Collator:
 
     Args:
         tokenizer: says with what and on which side to pad.
-        keep_readout: whether the batch keeps `readout` [B] (shifted by left padding); models do not take it.
+        keep_readout: whether the batch keeps `readout` [B] (shifted by left padding); models do not
+            take it.
     """
 
     def __init__(self, tokenizer, keep_readout: bool = False):
@@ -172,11 +174,12 @@ class Collator:
 def load_tokenizer(name: str):
     """The tokenizer of a model, with a pad token.
 
-    Decoders come without one; theirs is then the end token, which changes nothing, for the attention mask says what
-    is padding.
+    Decoders come without one; theirs is then the end token, which changes nothing, for the
+    attention mask says what is padding.
 
     Raises:
-        ValueError: for a model that cannot be found, or a tokenizer with neither a pad nor an end token.
+        ValueError: for a model that cannot be found, or a tokenizer with neither a pad nor an end
+            token.
     """
     from transformers import AutoTokenizer
 
@@ -187,8 +190,8 @@ def load_tokenizer(name: str):
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ValueError(
-                f"The tokenizer of {name} has neither a pad token nor an end token to pad with; set one in its "
-                "tokenizer_config.json (`pad_token`)."
+                f"The tokenizer of {name} has neither a pad token nor an end token to pad with; "
+                "set one in its tokenizer_config.json (`pad_token`)."
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -204,7 +207,8 @@ def cannot_load(what: str, name: str, error: Exception) -> str:
 
 
 def text_columns_of(task: TaskSpec | None, text_column: str | None) -> list[str] | None:
-    """The text columns as given, with a comma between two; None where a task names them; else 'text'.
+    """The text columns as given, with a comma between two; None where a task names them; else
+    'text'.
 
     Raises:
         ValueError: not as many columns as the task's template has texts.
@@ -214,8 +218,8 @@ def text_columns_of(task: TaskSpec | None, text_column: str | None) -> list[str]
     names = [name.strip() for name in text_column.split(",")]
     if task and len(names) != len(task.text_columns):
         raise ValueError(
-            f"`--text_column` names {len(names)} column(s), got {text_column!r}; the task {task.name!r} has "
-            f"{len(task.text_columns)}: {', '.join(task.text_columns)}."
+            f"`--text_column` names {len(names)} column(s), got {text_column!r}; the task "
+            f"{task.name!r} has {len(task.text_columns)}: {', '.join(task.text_columns)}."
         )
     return names
 

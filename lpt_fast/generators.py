@@ -1,8 +1,10 @@
-"""The prompt generators (paper section 3.2; DESIGN section 1): hidden states of layer k -> prompt rows.
+"""The prompt generators (paper section 3.2; DESIGN section 1): hidden states of layer k ->
+prompt rows.
 
-Every generator maps `hidden` [B, S, D] and a boolean `tokens` [B, S] (which positions it may read: the example's own
-tokens, in decoders those of the context) to the prompt [B, m, D]. Nothing loops over examples, and where the tokens
-stand in the row (left or right padded, with gaps) does not matter: only their order does.
+Every generator maps `hidden` [B, S, D] and a boolean `tokens` [B, S] (which positions it may read:
+the example's own tokens, in decoders those of the context) to the prompt [B, m, D]. Nothing loops
+over examples, and where the tokens stand in the row (left or right padded, with gaps) does not
+matter: only their order does.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ def last_token(tokens: Tensor) -> Tensor:
 
 
 def pooling_bins(num_tokens: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """Adaptive pooling bins over n tokens: bin j covers floor(j n / m) .. ceil((j+1) n / m) (end excluded).
+    """Adaptive pooling bins over n tokens: bin j covers floor(j n / m) .. ceil((j+1) n / m) (end
+    excluded).
 
-    Bins overlap where m does not divide n, and repeat tokens where n < m, as in `torch.nn.AdaptiveAvgPool1d`.
+    Bins overlap where m does not divide n, and repeat tokens where n < m, as in
+    `torch.nn.AdaptiveAvgPool1d`.
 
     Args:
         num_tokens: int64 [B].
@@ -59,7 +63,8 @@ def adaptive_avg_pool(hidden: Tensor, tokens: Tensor, m: int) -> Tensor:
 def adaptive_max_pool(hidden: Tensor, tokens: Tensor, m: int) -> Tensor:
     """Maximum of the readable rows of each bin. hidden [B, S, D], tokens bool [B, S] -> [B, m, D].
 
-    Gathers the rows bin by bin, so that memory grows with S + 2 m rows an example and not with S * m.
+    Gathers the rows bin by bin, so that memory grows with S + 2 m rows an example and not with
+    S * m.
     """
     batch, length, width = hidden.shape
     # The readable positions of each row in order, then the others.
@@ -80,8 +85,8 @@ class PromptGenerator(nn.Module):
         hidden_size: D of the backbone.
         num_virtual_tokens: m.
         dropout: probability, applied to the prompt alone.
-        causal: whether the backbone is a decoder. Then the one token that `npg` reads is the last of the context,
-            for only that one has seen all of it.
+        causal: whether the backbone is a decoder. Then the one token that `npg` reads is the last
+            of the context, for only that one has seen all of it.
     """
 
     def __init__(self, hidden_size: int, num_virtual_tokens: int, dropout: float, causal: bool):
@@ -95,9 +100,11 @@ class PromptGenerator(nn.Module):
         raise NotImplementedError
 
     def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """hidden [B, S, D] in any float dtype, tokens bool [B, S] -> prompt [B, m, D] in the dtype of `hidden`.
+        """hidden [B, S, D] in any float dtype, tokens bool [B, S] -> prompt [B, m, D] in the dtype
+        of `hidden`.
 
-        The weights are fp32 masters: half-precision hidden states are cast up, the prompt is cast down at the end.
+        The weights are fp32 masters: half-precision hidden states are cast up, the prompt is cast
+        down at the end.
         """
         dtype = next(self.parameters()).dtype
         return self.dropout(self.generate(hidden.to(dtype), tokens)).to(hidden.dtype)
@@ -115,7 +122,9 @@ class StaticGenerator(PromptGenerator):
 
 
 class NPGenerator(PromptGenerator):
-    """Naive prompt generator: reshape(W_u relu(W_d h + b_d) + b_u), h the first or last readable token's state."""
+    """Naive prompt generator: reshape(W_u relu(W_d h + b_d) + b_u), h the first or last readable
+    token's state.
+    """
 
     def __init__(self, hidden_size, num_virtual_tokens, bottleneck_size, dropout, causal):
         super().__init__(hidden_size, num_virtual_tokens, dropout, causal)
@@ -132,8 +141,8 @@ class NPGenerator(PromptGenerator):
 class APPGenerator(PromptGenerator):
     """Average-pooling prompt generator: W_u relu(Pool_m(H W_d^T + b_d)) + b_u.
 
-    Mean and projection are both linear, and the weights of a bin sum to one, so pooling first gives the same prompt
-    for m projected rows instead of n.
+    Mean and projection are both linear, and the weights of a bin sum to one, so pooling first gives
+    the same prompt for m projected rows instead of n.
     """
 
     def __init__(self, hidden_size, num_virtual_tokens, bottleneck_size, dropout, causal):
@@ -147,10 +156,13 @@ class APPGenerator(PromptGenerator):
 
 
 class MPPGenerator(APPGenerator):
-    """Maximum-pooling prompt generator: the maximum is taken after the down-projection, over each channel."""
+    """Maximum-pooling prompt generator: the maximum is taken after the down-projection, over
+    each channel.
+    """
 
     def generate(self, hidden, tokens):
-        # Padding may hold NaN; its gradient is zero, but zero times NaN in the weight gradient is not.
+        # Padding may hold NaN; its gradient is zero, but zero times NaN in the weight gradient is
+        # not.
         projected = self.proj_down(hidden.masked_fill(~tokens[..., None], 0))
         pooled = adaptive_max_pool(projected, tokens, self.num_virtual_tokens)
         return self.proj_up(F.relu(pooled))
@@ -159,8 +171,8 @@ class MPPGenerator(APPGenerator):
 class AttentionGenerator(PromptGenerator):
     """Beyond the paper: m learned queries attend over the tokens, then the bottleneck.
 
-    prompt = W_u relu(W_d (softmax_tokens(H W_a)^T H) + b_d) + b_u, W_a = `queries.weight`^T [D, m]. The scores are
-    divided by sqrt(D), so that the softmax starts out soft for every model size.
+    prompt = W_u relu(W_d (softmax_tokens(H W_a)^T H) + b_d) + b_u, W_a = `queries.weight`^T [D, m].
+    The scores are divided by sqrt(D), so that the softmax starts out soft for every model size.
     """
 
     def __init__(self, hidden_size, num_virtual_tokens, bottleneck_size, dropout, causal):
@@ -178,10 +190,12 @@ class AttentionGenerator(PromptGenerator):
 
 
 class ResidualGenerator(PromptGenerator):
-    """Beyond the paper: a learned prompt E plus bottleneck branches on it: E + sum_i W_u^i relu(W_d^i E).
+    """Beyond the paper: a learned prompt E plus bottleneck branches on it: E +
+    sum_i W_u^i relu(W_d^i E).
 
-    The branches have the widths r, r/2, r/4 (at least 1). They reparameterise one prompt, as residual prompt tuning
-    does (Razdaibiedina et al., Findings of ACL 2023): the same for all examples, so it folds to `static`.
+    The branches have the widths r, r/2, r/4 (at least 1). They reparameterise one prompt, as
+    residual prompt tuning does (Razdaibiedina et al., Findings of ACL 2023): the same for all
+    examples, so it folds to `static`.
     """
 
     def __init__(self, hidden_size, num_virtual_tokens, bottleneck_size, dropout, causal):

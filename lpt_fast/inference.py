@@ -40,7 +40,8 @@ class Classifier:
         use_cpu: stay on the CPU where there is a GPU.
 
     Raises:
-        ValueError: for a folder that holds no training, or a base model that cannot be loaded or does not fit.
+        ValueError: for a folder that holds no training, or a base model that cannot be loaded or
+            does not fit.
     """
 
     def __init__(
@@ -54,7 +55,8 @@ class Classifier:
         run = Path(folder) / RUN_FILE
         if not run.is_file():
             raise ValueError(
-                f"{folder} holds no {RUN_FILE}; give the folder that `lpt-fast train --output_dir` wrote."
+                f"{folder} holds no {RUN_FILE}; give the folder that `lpt-fast train --output_dir` "
+                "wrote."
             )
         self.formulation = Formulation.from_json(json.loads(run.read_text(encoding="utf-8")))
         if max_length is not None:
@@ -87,7 +89,8 @@ class Classifier:
         except (RuntimeError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise ValueError(
-                f"The adapter in {folder} does not fit the model {base} (it was trained on {form.model}): {reason}"
+                f"The adapter in {folder} does not fit the model {base} (it was trained on "
+                f"{form.model}): {reason}"
             ) from None
 
     @property

@@ -16,7 +16,9 @@ def get_labels(model: nn.Module) -> Labels | None:
 
 
 def set_labels(model: nn.Module, labels: Labels | None) -> None:
-    """Gives the model a label space: heads read `num_labels` for the loss, users `config.id2label`."""
+    """Gives the model a label space: heads read `num_labels` for the loss, users
+    `config.id2label`.
+    """
     if labels is None or getattr(model, "config", None) is None:
         return
     num_labels, names = labels

@@ -1,4 +1,6 @@
-"""LatePrompt: the module that makes a backbone run as lower half -> prompt -> upper half -> strip."""
+"""LatePrompt: the module that makes a backbone run as lower half -> prompt -> upper half
+-> strip.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from .context import attended, before_answer, first_tokens, warn_of_leak
 from .generators import PromptGenerator, build_generator
 from .labels import get_labels, set_labels
 
-try:  # The place is internal to transformers; without it, hidden states are still captured, but maybe twice.
+# The place is internal to transformers; without it, hidden states are still captured, but maybe
+# twice.
+try:
     from transformers.utils.output_capturing import maybe_install_capturing_hooks
 except ImportError:  # pragma: no cover
     maybe_install_capturing_hooks = None
@@ -48,16 +52,19 @@ class _Call:
 
 
 class LatePrompt(nn.Module, BaseTunerLayer):
-    """The adapter's place in a backbone: holds the prompt generators and takes over the backbone's forward.
+    """The adapter's place in a backbone: holds the prompt generators and takes over the backbone's
+    forward.
 
-    It is a child of the backbone (`backbone.late_prompt`), not a wrapper around it: the names, the class and the tied
-    weights of the base model stay as they are, and a bare `AutoModel` can be adapted in place.
+    It is a child of the backbone (`backbone.late_prompt`), not a wrapper around it: the names, the
+    class and the tied weights of the base model stay as they are, and a bare `AutoModel` can be
+    adapted in place.
 
     Args:
         root: the whole model, whose calls carry labels and context lengths.
         backbone: the module that is split.
         family: its line of the table of families.
-        causal_lm: whether labels of the model are the tokens to generate, so that the context ends before them.
+        causal_lm: whether labels of the model are the tokens to generate, so that the context ends
+            before them.
     """
 
     adapter_layer_names = ("lpt_generator",)
@@ -77,7 +84,7 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         self._generation: list | None = None
         self._base_labels = get_labels(root)
 
-    # -- life of the module ------------------------------------------------------------------------------------
+    # -- life of the module ------------------------------------------------------------------------
 
     @property
     def root(self) -> nn.Module:
@@ -95,9 +102,9 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         self._hook = root.register_forward_pre_hook(self._note_call, with_kwargs=True)
         if hasattr(root, "generate"):
             root.generate = self.generate
-        # Trainer takes **kwargs in `forward` as a promise that the loss is divided by num_items_in_batch. Models
-        # other than causal language models do not, and with gradient accumulation their loss would come out several
-        # times too large.
+        # Trainer takes **kwargs in `forward` as a promise that the loss is divided by
+        # num_items_in_batch. Models other than causal language models do not, and with gradient
+        # accumulation their loss would come out several times too large.
         self._sets_loss_flag = not self.causal_lm and not hasattr(root, "accepts_loss_kwargs")
         if self._sets_loss_flag:
             root.accepts_loss_kwargs = False
@@ -134,7 +141,9 @@ class LatePrompt(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def _init_from_vocab(self, generator: PromptGenerator, config: LPTConfig) -> None:
-        """Starts a static prompt from the states of m random tokens after layer k, read as one short text."""
+        """Starts a static prompt from the states of m random tokens after layer k, read as one
+        short text.
+        """
         weight = generator.prompt_embedding.weight
         ids = torch.randint(self.backbone.config.vocab_size, (1, config.num_virtual_tokens))
         device = next(self.backbone.parameters()).device
@@ -146,7 +155,7 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         )
         weight.copy_(out.last_hidden_state[0])
 
-    # -- PEFT's view -------------------------------------------------------------------------------------------
+    # -- PEFT's view -------------------------------------------------------------------------------
 
     def get_base_layer(self) -> nn.Module:
         return self.backbone
@@ -163,13 +172,16 @@ class LatePrompt(nn.Module, BaseTunerLayer):
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
         for module in self.root.modules():
-            # `model.enable_adapters()` of transformers forgets the heads that its disable_adapters() switched off.
+            # `model.enable_adapters()` of transformers forgets the heads that its
+            # disable_adapters() switched off.
             if isinstance(module, ModulesToSaveWrapper):
                 module.enable_adapters(enabled)
         self._sync()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device=None) -> None:
-        """After loading with low_cpu_mem_usage: to the device of the backbone; the dtype is the adapter's own."""
+        """After loading with low_cpu_mem_usage: to the device of the backbone; the dtype is the
+        adapter's own.
+        """
         if adapter_name in self.lpt_generator:
             target = device or next(self.backbone.parameters()).device
             self.lpt_generator[adapter_name].to(target)
@@ -182,11 +194,13 @@ class LatePrompt(nn.Module, BaseTunerLayer):
 
     @property
     def active_config(self) -> LPTConfig | None:
-        """Configuration of the adapter that runs; None while adapters are disabled or none is active."""
+        """Configuration of the adapter that runs; None while adapters are disabled or none is
+        active.
+        """
         names = [n for n in self.active_adapters if n in self.lpt_config]
         return self.lpt_config[names[0]] if names and not self.disable_adapters else None
 
-    # -- modes and labels --------------------------------------------------------------------------------------
+    # -- modes and labels --------------------------------------------------------------------------
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -201,13 +215,16 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         set_labels(self.root, labels if labels and labels[0] else self._base_labels)
 
     def _sync_modes(self) -> None:
-        """Frozen layers in eval mode: those below the insertion always, those above unless upper_dropout is set."""
+        """Frozen layers in eval mode: those below the insertion always, those above unless
+        upper_dropout is set.
+        """
         config = self.active_config
         if config is None:
             return
         family, k = self.family, config.insertion_layer
         layers = get_layers(self.backbone, family)
-        # Everything but the layers (they have their turn) and what trains: embeddings and final norms.
+        # Everything but the layers (they have their turn) and what trains: embeddings and final
+        # norms.
         others = {*self.backbone._modules} - {
             LATE_PROMPT,
             family.pooler,
@@ -221,7 +238,7 @@ class LatePrompt(nn.Module, BaseTunerLayer):
                 if module is not None:
                     module.train(mode)
 
-    # -- the forward -------------------------------------------------------------------------------------------
+    # -- the forward -------------------------------------------------------------------------------
 
     def _note_call(self, root: nn.Module, args: tuple, kwargs: dict):
         """Before each call of the whole model: takes what the backbone will not be given."""
@@ -234,18 +251,21 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         return args, kwargs
 
     def generate(self, *args, context_lengths=None, **kwargs):
-        """The model's own `generate`, in which the context stays the prompt text, with or without a KV cache.
+        """The model's own `generate`, in which the context stays the prompt text, with or without a
+        KV cache.
 
         Args:
             args, kwargs: those of `transformers.GenerationMixin.generate`.
-            context_lengths: tokens of each example that the prompt is made from; default: all of the input's.
+            context_lengths: tokens of each example that the prompt is made from; default: all of
+                the input's.
         """
         config = kwargs.get("generation_config") or getattr(self.root, "generation_config", None)
         for name in ("prefill_chunk_size", "assistant_model", "prompt_lookup_num_tokens"):
             if kwargs.get(name, getattr(config, name, None)) is not None and self.active_config:
                 raise ValueError(
-                    f"generate() got `{name}`, which Late Prompt Tuning does not support: the prompt is made once, "
-                    "from the whole context, and stays in the KV cache. Leave it out."
+                    f"generate() got `{name}`, which Late Prompt Tuning does not support: the "
+                    "prompt is made once, from the whole context, and stays in the KV cache. Leave "
+                    "it out."
                 )
         self._generation = [context_lengths]
         try:
@@ -274,9 +294,10 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         past = 0 if cache is None else cache.get_seq_length()
         if past and cache.get_seq_length(k) != past + m:
             raise ValueError(
-                f"The KV cache holds {past} entries below the insertion and {cache.get_seq_length(k)} above, expected "
-                f"{past + m} (the prompt takes {m}): it was filled by another adapter or by the base model, or it "
-                "was cropped. Start with an empty cache."
+                f"The KV cache holds {past} entries below the insertion and "
+                f"{cache.get_seq_length(k)} above, expected {past + m} (the prompt takes {m}): it "
+                "was filled by another adapter or by the base model, or it was cropped. Start with "
+                "an empty cache."
             )
         inputs = {name: kwargs.pop(name) for name in _INPUTS if name in kwargs}
         self._check_inputs(inputs, kwargs)
@@ -311,12 +332,15 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         return output if return_dict else output.to_tuple()
 
     def _capture(self, kwargs: dict):
-        """Which hidden states are asked for: False, True or a selection of indices; asks the halves for all."""
+        """Which hidden states are asked for: False, True or a selection of indices; asks the
+        halves for all.
+        """
         wanted = kwargs.get("output_hidden_states", self.backbone.config.output_hidden_states)
         if wanted is not None and wanted is not False:
             kwargs["output_hidden_states"] = True
         attentions = kwargs.get("output_attentions", self.backbone.config.output_attentions)
-        # The hooks go on the layers, which the halves share. Installed by each half, each would report twice.
+        # The hooks go on the layers, which the halves share. Installed by each half, each would
+        # report twice.
         known = (
             hasattr(type(self.backbone), "_can_record_outputs") and maybe_install_capturing_hooks
         )
@@ -325,7 +349,9 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         return wanted
 
     def _cache(self, kwargs: dict):
-        """The KV cache of the whole model, made here where the caller wants one and brought none."""
+        """The KV cache of the whole model, made here where the caller wants one and
+        brought none.
+        """
         if not self.family.causal:
             return None
         cache = kwargs.get("past_key_values")
@@ -343,8 +369,9 @@ class LatePrompt(nn.Module, BaseTunerLayer):
             cache = DynamicCache(config=self.backbone.config)
         if any("Static" in type(layer).__name__ for layer in getattr(cache, "layers", ())):
             raise ValueError(
-                "Late Prompt Tuning got a static KV cache, which has no room for the prompt rows of the layers "
-                "above the insertion. Use a dynamic cache (cache_implementation='dynamic')."
+                "Late Prompt Tuning got a static KV cache, which has no room for the prompt rows "
+                "of the layers above the insertion. Use a dynamic cache "
+                "(cache_implementation='dynamic')."
             )
         kwargs["past_key_values"] = cache
         return cache
@@ -354,20 +381,21 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             got = f"{mask.dim()}-D" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(
-                f"Late Prompt Tuning needs the 2-D attention_mask [B, S] of the tokenizer, got {got}: the prompt "
-                "rows have to be added to it."
+                "Late Prompt Tuning needs the 2-D attention_mask [B, S] of the tokenizer, got "
+                f"{got}: the prompt rows have to be added to it."
             )
         if kwargs.get("encoder_hidden_states") is not None:
             raise ValueError(
-                "Late Prompt Tuning got encoder_hidden_states; cross-attention in the adapted backbone is not known."
+                "Late Prompt Tuning got encoder_hidden_states; cross-attention in the adapted "
+                "backbone is not known."
             )
         packed = [name for name in _PACKED if kwargs.get(name) is not None]
         if not packed and mask is None and positions is not None and positions.shape[1] > 1:
             packed = ["position_ids that restart"] if (positions.diff(dim=1) != 1).any() else []
         if packed:
             raise ValueError(
-                f"Late Prompt Tuning got several texts packed into one row ({packed[0]}); give one text per row, "
-                "padded, with an attention_mask."
+                f"Late Prompt Tuning got several texts packed into one row ({packed[0]}); give one "
+                "text per row, padded, with an attention_mask."
             )
 
     def _readable(self, tokens: Tensor | None, hidden: Tensor, call: _Call) -> Tensor:
@@ -412,6 +440,6 @@ class LatePrompt(nn.Module, BaseTunerLayer):
 
 
 NO_MERGE = (
-    "A late prompt depends on the input and cannot be merged into the weights. Keep the adapter (save_pretrained), or "
-    "call unload() for the base model without it."
+    "A late prompt depends on the input and cannot be merged into the weights. Keep the adapter "
+    "(save_pretrained), or call unload() for the base model without it."
 )

@@ -38,7 +38,8 @@ def read_texts(args: PredictArguments, stdin: TextIO, formulation) -> dict[str, 
     for number, part in enumerate(parts, 1):
         if len(part) != 2:
             raise ValueError(
-                f"Line {number} of standard input has {len(part)} tab-separated texts, expected 2 ({', '.join(names)})."
+                f"Line {number} of standard input has {len(part)} tab-separated texts, expected 2 "
+                f"({', '.join(names)})."
             )
     return {name: [part[i] for part in parts] for i, name in enumerate(names)}
 

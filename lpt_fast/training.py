@@ -45,7 +45,8 @@ from .tasks import (
     load_task,
 )
 
-# Peak learning rates where none is given: the best on TREC's validation set with MiniLM (bench/results/README.md).
+# Peak learning rates where none is given: the best on TREC's validation set with MiniLM
+# (bench/results/README.md).
 LEARNING_RATES = {"lpt": 1e-3, "head": 1e-3, "lora": 1e-3, "prompt_tuning": 1e-2, "full": 1e-4}
 PROMPT_TUNING_TOKENS = 20
 # A task's metric -> its name among the results.
@@ -86,8 +87,8 @@ def read_data(args: TrainArguments) -> Data:
     names = list(task.labels) if task else label_names(full, args.label_column, ids)
     if len(names) < 2:
         raise ValueError(
-            f"The training data has {len(names)} label ({', '.join(names)}), expected at least 2 to tell apart; "
-            f"check the column {args.label_column!r}."
+            f"The training data has {len(names)} label ({', '.join(names)}), expected at least 2 "
+            f"to tell apart; check the column {args.label_column!r}."
         )
 
     def split_of(rows) -> Split:
@@ -120,7 +121,8 @@ def build_model(args: TrainArguments, data: Data, tokenizer) -> tuple[nn.Module,
     """The model with what `--method` trains, and the formulation of the task.
 
     Raises:
-        ValueError: for a model that cannot be found, or whose family Late Prompt Tuning does not know.
+        ValueError: for a model that cannot be found, or whose family Late Prompt Tuning does not
+            know.
     """
     id2label = dict(enumerate(data.labels))
     try:
@@ -156,7 +158,8 @@ def build_model(args: TrainArguments, data: Data, tokenizer) -> tuple[nn.Module,
         limit -= PROMPT_TUNING_TOKENS  # they stand in the input
     if args.max_length is not None and args.max_length > limit:
         raise ValueError(
-            f"`--max_length` is {args.max_length}, but {args.model} takes {limit} tokens; give at most {limit}."
+            f"`--max_length` is {args.max_length}, but {args.model} takes {limit} tokens; give at "
+            f"most {limit}."
         )
     formulation = Formulation(
         labels=data.labels,
@@ -280,8 +283,8 @@ def train(args: TrainArguments) -> dict:
     """Trains, evaluates, saves; the body of `lpt-fast train`.
 
     Returns:
-        The results that are also written to `results.json` in the output folder: metrics in [0, 1] of each split,
-        seconds, trainable parameters.
+        The results that are also written to `results.json` in the output folder: metrics in [0, 1]
+        of each split, seconds, trainable parameters.
     """
     data = read_data(args)
     tokenizer = load_tokenizer(args.model)
@@ -339,7 +342,8 @@ def _checkpoint(args: TrainArguments) -> str | None:
         folder = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
         if folder is None:
             raise ValueError(
-                f"There is no checkpoint in {args.output_dir} to resume from; start without --resume_from_checkpoint."
+                f"There is no checkpoint in {args.output_dir} to resume from; start without "
+                "--resume_from_checkpoint."
             )
         return folder
     if not (Path(name) / "trainer_state.json").is_file():

@@ -1,4 +1,6 @@
-"""LPTModel: Late Prompt Tuning as a PEFT method (the tuner behind `get_peft_model(model, LPTConfig(...))`)."""
+"""LPTModel: Late Prompt Tuning as a PEFT method (the tuner behind
+`get_peft_model(model, LPTConfig(...))`).
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,9 @@ _HALF = (torch.float16, torch.bfloat16)
 class LPTModel(BaseTuner):
     """Adds late prompts to a Hugging Face model of a known family.
 
-    What it adapts is the backbone as a whole: a `LatePrompt` becomes its child and takes over its forward. Heads and
-    losses stay those of the Hugging Face model. Late prompts cannot be merged; one adapter runs at a time.
+    What it adapts is the backbone as a whole: a `LatePrompt` becomes its child and takes over its
+    forward. Heads and losses stay those of the Hugging Face model. Late prompts cannot be merged;
+    one adapter runs at a time.
     """
 
     prefix = PREFIX
@@ -37,10 +40,11 @@ class LPTModel(BaseTuner):
     target_module_mapping: ClassVar[dict] = {}
 
     def forward(self, *args, **kwargs):
-        # By call and not by .forward(), which would pass by the hook that notes labels and context lengths.
+        # By call and not by .forward(), which would pass by the hook that notes labels and context
+        # lengths.
         return self.model(*args, **kwargs)
 
-    # -- injection ---------------------------------------------------------------------------------------------
+    # -- injection ---------------------------------------------------------------------------------
 
     def _prepare_adapter_config(self, peft_config: LPTConfig, model_config) -> LPTConfig:
         """Fills in what depends on the model and checks it, before anything is changed."""
@@ -49,13 +53,15 @@ class LPTModel(BaseTuner):
         k = peft_config.insertion_layer
         if depth < 2:
             raise ValueError(
-                f"Late Prompt Tuning needs a model of at least 2 layers to insert a prompt between, got {depth}."
+                "Late Prompt Tuning needs a model of at least 2 layers to insert a prompt between, "
+                f"got {depth}."
             )
         if k is None:
             peft_config.insertion_layer = k = depth // 2
         if not 1 <= k <= depth - 1:
             raise ValueError(
-                f"`insertion_layer` must be between 1 and {depth - 1} for this model of {depth} layers, got {k}."
+                f"`insertion_layer` must be between 1 and {depth - 1} for this model of {depth} "
+                f"layers, got {k}."
             )
         layers = f"{name}.{family.layers}" if name else family.layers
         peft_config.target_modules = {f"{layers}.{k}"}
@@ -102,7 +108,9 @@ class LPTModel(BaseTuner):
         current_key,
         parameter_name=None,
     ) -> None:
-        """`target` is the first layer above the insertion; what is added belongs to the backbone around it."""
+        """`target` is the first layer above the insertion; what is added belongs to the backbone
+        around it.
+        """
         late = self._late_prompt()
         if late is None:
             _, backbone, family = find_backbone(self.model)
@@ -134,7 +142,8 @@ class LPTModel(BaseTuner):
     def _fit_head(self, adapter_name: str) -> None:
         """Gives the adapter's copy of the head as many outputs as the adapter has labels.
 
-        `AutoPeftModelForSequenceClassification` builds the base model with two labels before it looks at the adapter.
+        `AutoPeftModelForSequenceClassification` builds the base model with two labels before it
+        looks at the adapter.
         """
         config = self.peft_config[adapter_name]
         wanted, base = config.num_labels, (self._late_prompt()._base_labels or (None,))[0]
@@ -170,7 +179,9 @@ class LPTModel(BaseTuner):
                     head.set_submodule(name, linear)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """fp32 masters for the generator and for the head: in half precision small steps would be lost."""
+        """fp32 masters for the generator and for the head: in half precision small steps would
+        be lost.
+        """
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not autocast_adapter_dtype:
             return
@@ -184,7 +195,7 @@ class LPTModel(BaseTuner):
                     head.to(torch.float32)
                     head.register_forward_pre_hook(_cast_to_head)
 
-    # -- what does not work with late prompts ------------------------------------------------------------------
+    # -- what does not work with late prompts ------------------------------------------------------
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(NO_MERGE)
@@ -196,15 +207,16 @@ class LPTModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args, **kwargs):
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
-                "Late Prompt Tuning got `adapter_names`: adapters differ in layer and number of prompt rows, so one "
-                "batch runs one adapter. Use set_adapter() and a batch for each."
+                "Late Prompt Tuning got `adapter_names`: adapters differ in layer and number of "
+                "prompt rows, so one batch runs one adapter. Use set_adapter() and a batch for "
+                "each."
             )
         yield
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False
 
-    # -- leaving -----------------------------------------------------------------------------------------------
+    # -- leaving -----------------------------------------------------------------------------------
 
     def _unload_and_optionally_merge(
         self, merge=True, progressbar=False, safe_merge=False, adapter_names=None
@@ -216,8 +228,8 @@ class LPTModel(BaseTuner):
             late.detach()
         for name, module in list(self.model.named_modules()):
             if isinstance(module, ModulesToSaveWrapper):
-                # PEFT would leave the trained head behind. Without the prompt it is worth nothing, so the base
-                # model gets back its own.
+                # PEFT would leave the trained head behind. Without the prompt it is worth nothing,
+                # so the base model gets back its own.
                 self.model.set_submodule(name, module.original_module)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
@@ -240,20 +252,20 @@ class LPTModel(BaseTuner):
         config = self.peft_config[adapter_name]
         if config.generator != "residual":
             raise ValueError(
-                f"Only a 'residual' generator folds to a static prompt; adapter {adapter_name!r} has "
-                f"{config.generator!r}."
+                f"Only a 'residual' generator folds to a static prompt; adapter {adapter_name!r} "
+                f"has {config.generator!r}."
             )
         late.lpt_generator[adapter_name] = late.lpt_generator[adapter_name].fold()
         config.generator = "static"
 
-    # -- files -------------------------------------------------------------------------------------------------
+    # -- files -------------------------------------------------------------------------------------
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """`...lpt_generator.<adapter>.proj_down.weight` -> `...lpt_generator.proj_down.weight`.
 
-        PEFT's own rule takes the name from the second to last place of the key; a generator is a module with
-        parameters deeper than that.
+        PEFT's own rule takes the name from the second to last place of the key; a generator is a
+        module with parameters deeper than that.
         """
         return re.sub(rf"(\.{PREFIX}generator)\.{re.escape(adapter_name)}\.", r"\1.", key, count=1)
 
@@ -264,7 +276,9 @@ def _cast_to_head(module: nn.Module, args: tuple) -> tuple:
 
 
 def register() -> None:
-    """Makes PEFT know the method. `peft.utils.register_peft_method` refuses: its enum of methods is closed."""
+    """Makes PEFT know the method. `peft.utils.register_peft_method` refuses: its enum of methods
+    is closed.
+    """
     PEFT_TYPE_TO_CONFIG_MAPPING[LPT] = LPTConfig
     PEFT_TYPE_TO_TUNER_MAPPING[LPT] = LPTModel
     PEFT_TYPE_TO_PREFIX_MAPPING[LPT] = PREFIX

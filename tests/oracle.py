@@ -1,9 +1,10 @@
-"""An independent way to the same numbers: nothing here uses the project's split, layout or generators.
+"""An independent way to the same numbers: nothing here uses the project's split, layout or
+generators.
 
-The whole, unsplit model runs on the text with m filler tokens before it; a hook on layer k+1 throws away what the
-fillers and the text became and puts in [prompt; H], where H comes from a run of the unsplit model on the text alone.
-Masks, positions and everything above are the model's own for a text of m + S tokens. The prompt is made by formulas
-written out example by example.
+The whole, unsplit model runs on the text with m filler tokens before it; a hook on layer k+1 throws
+away what the fillers and the text became and puts in [prompt; H], where H comes from a run of the
+unsplit model on the text alone. Masks, positions and everything above are the model's own for a
+text of m + S tokens. The prompt is made by formulas written out example by example.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ def layer_list(backbone):
 
 
 def prompt_by_hand(kind: str, w: dict, rows: torch.Tensor, m: int, causal: bool) -> torch.Tensor:
-    """Prompt [m, D] of one example from its readable rows [n, D] and the generator's weights by name."""
+    """Prompt [m, D] of one example from its readable rows [n, D] and the generator's weights by
+    name.
+    """
     if kind == "static":
         return w["prompt_embedding.weight"]
     if kind == "npg":
@@ -57,7 +60,8 @@ def late_prompt_by_hand(backbone, k, kind, weights, m, inputs, readable=None):
         k, kind, m: insertion layer, generator, prompt rows.
         weights: the generator's parameters by name; gradients flow into them.
         inputs: input_ids and attention_mask.
-        readable: bool [B, S], what the generator may read; default: the attended positions. None for encoders.
+        readable: bool [B, S], what the generator may read; default: the attended positions. None
+            for encoders.
     """
     causal = readable is not None
     mask = inputs["attention_mask"].bool()

@@ -115,8 +115,8 @@ def refused(*arguments, text=None) -> str:
 def test_train_eval_predict(models_dir, data, tmp_path, generator):
     out = tmp_path / "out"
     shown = run_train(
-        models_dir, data, out, "--generator", generator, "--insertion_layer", 3, "--num_train_epochs", 8,
-        "--learning_rate", "5e-3", "--validation_file", data["test"],
+        models_dir, data, out, "--generator", generator, "--insertion_layer", 3,
+        "--num_train_epochs", 8, "--learning_rate", "5e-3", "--validation_file", data["test"],
     ).output  # fmt: skip
     assert "validation" in shown and "accuracy" in shown and f"--adapter {out}" in shown
     results = json.loads((out / "results.json").read_text())
@@ -177,7 +177,8 @@ def test_cloze(models_dir, data, tmp_path, model):
         "--learning_rate", "1e-2", model=model,
     )  # fmt: skip
     results = json.loads((out / "results.json").read_text())
-    # Full-vocabulary loss, well below that of guessing. (A tiny random model cannot bring it near zero.)
+    # Full-vocabulary loss, well below that of guessing. (A tiny random model cannot bring it near
+    # zero.)
     assert results["test"]["loss"] < {"bert-mlm": 10.33, "gpt2": 6.69}[model] - 0.8
     saved = json.loads((out / "adapter_config.json").read_text())
     assert saved["task_type"] == (None if model == "bert-mlm" else "CAUSAL_LM")
@@ -224,7 +225,7 @@ def test_resume(models_dir, data, tmp_path):
     )
 
 
-# -- settings -------------------------------------------------------------------------------------------------------
+# -- settings --------------------------------------------------------------------------------------
 
 
 def test_config_file_with_flags_on_top(tmp_path):
@@ -275,7 +276,7 @@ def test_flags_that_cannot_work(models_dir, data):
     ]
 
 
-# -- data and models that cannot work -------------------------------------------------------------------------------
+# -- data and models that cannot work --------------------------------------------------------------
 
 
 def test_wrong_data(models_dir, data, tmp_path):
@@ -352,13 +353,14 @@ def test_models_that_cannot_be_loaded(models_dir, data, tmp_path):
     )
 
 
-# -- the rest -------------------------------------------------------------------------------------------------------
+# -- the rest --------------------------------------------------------------------------------------
 
 
 def test_help_imports_nothing_heavy():
     code = (
         "import sys, lpt_fast, lpt_fast.cli\n"
-        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'numpy', 'pandas'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'numpy', 'pandas'} "
+        "& set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -382,7 +384,9 @@ def test_env():
 
 
 def test_demo(models_dir, tmp_path, monkeypatch):
-    """The whole demo on a tiny model: real sentences, both methods, what to type next - and that works."""
+    """The whole demo on a tiny model: real sentences, both methods, what to type next - and that
+    works.
+    """
     out = tmp_path / "demo"
     shown = invoke(
         "demo", "--model", models_dir / "bert", "--output_dir", out, "--num_train_epochs", 0.05

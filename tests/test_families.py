@@ -110,7 +110,8 @@ def test_padding_does_not_matter(family):
         inside = split_output(model, right)[row, :n]
         torch.testing.assert_close(inside, alone, atol=1e-5, rtol=1e-5)
     if family not in ("gpt2", "bert", "roberta", "xlm-roberta", "electra"):
-        # Absolute positions count padding on the left, in the base model already, unless position_ids are given.
+        # Absolute positions count padding on the left, in the base model already, unless
+        # position_ids are given.
         for row, n in enumerate(length):
             a = split_output(model, left)[row, -n:]
             b = split_output(model, right)[row, :n]

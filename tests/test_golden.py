@@ -1,4 +1,6 @@
-"""Agreement with the authors' own program: tensors that it made, in shared/golden (not part of the repository)."""
+"""Agreement with the authors' own program: tensors that it made, in shared/golden (not part of
+the repository).
+"""
 
 from __future__ import annotations
 

@@ -212,7 +212,9 @@ HEADS = {
 
 @pytest.mark.parametrize(("family", "kind"), HEADS)
 def test_the_whole_head_trains(family, kind):
-    """Everything with weights after the last layer, a pooler inside the backbone included; nothing else."""
+    """Everything with weights after the last layer, a pooler inside the backbone included;
+    nothing else.
+    """
     task = kind if kind not in ("base", "MASKED_LM") else None
     model = get_peft_model(tiny(family, kind), lpt(task_type=task))
     wrappers = {
@@ -462,7 +464,8 @@ def test_init_from_vocab():
     prompt = (
         model.get_base_model().bert.late_prompt.lpt_generator["default"].prompt_embedding.weight
     )
-    # States after a layer norm have a mean of 0 and a variance of 1 in each row; random numbers do not.
+    # States after a layer norm have a mean of 0 and a variance of 1 in each row; random numbers do
+    # not.
     torch.testing.assert_close(prompt.mean(1), torch.zeros(9), atol=1e-5, rtol=0)
     torch.testing.assert_close(prompt.var(1, unbiased=False), torch.ones(9), atol=1e-4, rtol=0)
 

@@ -47,7 +47,9 @@ def test_sequence_classification(family):
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_the_head_reads_the_text_and_not_the_prompt(family):
-    """Logits of the whole model equal the base model's head on the independently computed states."""
+    """Logits of the whole model equal the base model's head on the independently computed
+    states.
+    """
     base, model = adapted(family, "SEQ_CLS", "SEQ_CLS", insertion_layer=2)
     inputs = batch()
     weights = {n: p.detach() for n, p in generator_weights(model).items()}
@@ -72,7 +74,8 @@ def test_token_classification(family):
     torch.testing.assert_close(
         out.loss, F.cross_entropy(out.logits.flatten(0, 1), labels.flatten())
     )
-    # Labels of tokens are no answer that the prompt could give away: it is made from all tokens with and without.
+    # Labels of tokens are no answer that the prompt could give away: it is made from all tokens
+    # with and without.
     torch.testing.assert_close(out.logits, model(**inputs).logits)
 
 
@@ -126,7 +129,7 @@ def test_seq2seq():
     assert got.tolist() == ids.tolist()
 
 
-# -- contexts of decoders -------------------------------------------------------------------------------------------
+# -- contexts of decoders --------------------------------------------------------------------------
 
 
 def context_batch(side):
@@ -200,11 +203,13 @@ def test_labels_without_a_context():
         model(**inputs, labels=inputs["input_ids"])
 
 
-# -- generation -----------------------------------------------------------------------------------------------------
+# -- generation ------------------------------------------------------------------------------------
 
 
 def step_by_step(model, inputs, steps):
-    """Greedy decoding without a cache: each step recomputes everything, the prompt from the first text alone."""
+    """Greedy decoding without a cache: each step recomputes everything, the prompt from the
+    first text alone.
+    """
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     context = mask.sum(1)
     for _ in range(steps):
@@ -223,7 +228,9 @@ def step_by_step(model, inputs, steps):
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("family", CAUSAL)
 def test_generate(family, k, generator):
-    """Batched, left-padded, greedy, past the sliding window: with a cache equals step-by-step recomputation."""
+    """Batched, left-padded, greedy, past the sliding window: with a cache equals step-by-step
+    recomputation.
+    """
     _, model = adapted(family, "CAUSAL_LM", "CAUSAL_LM", insertion_layer=k, generator=generator)
     inputs = batch("left")
     settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}

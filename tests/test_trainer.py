@@ -218,7 +218,7 @@ def test_causal_lm_without_labels_in_training_warns():
         model(**batch())
 
 
-# -- what the frozen layers do while the model trains ---------------------------------------------------------------
+# -- what the frozen layers do while the model trains ----------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["bert", "deberta-v2", "modernbert", "gpt2", "llama", "opt"])

@@ -129,7 +129,9 @@ def attentions(family: str) -> list[str]:
 
 
 def tiny(family: str, kind: str = "base", attention: str | None = None, seed: int = 0, **more):
-    """A tiny random model in eval mode. Weights are spread out, so that no difference hides in near-zeros."""
+    """A tiny random model in eval mode. Weights are spread out, so that no difference hides in
+    near-zeros.
+    """
     config = tf.AutoConfig.for_model(family, **{**CONFIGS[family], **more})
     torch.manual_seed(seed)
     auto = tf.T5EncoderModel if (family, kind) == ("t5", "base") else AUTO[kind]

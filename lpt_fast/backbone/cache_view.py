@@ -8,8 +8,9 @@ from transformers import Cache
 class CacheView(Cache):
     """The layers start..stop of a cache.
 
-    Layers above the insertion hold m more entries than those below, and masks and lengths are read from the cache, so
-    each half has to read its own layers. The attention modules go on to write under their own layer numbers.
+    Layers above the insertion hold m more entries than those below, and masks and lengths are read
+    from the cache, so each half has to read its own layers. The attention modules go on to write
+    under their own layer numbers.
 
     Args:
         cache: the whole model's cache.

@@ -1,4 +1,6 @@
-"""Shallow copies of modules: other objects over the same weights, so that a half can be cut out of a backbone."""
+"""Shallow copies of modules: other objects over the same weights, so that a half can be cut out
+of a backbone.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,14 @@ LATE_PROMPT = "late_prompt"  # name of the adapter's place in the backbone
 def shallow_copy(module: nn.Module, keep_hooks: bool = True) -> nn.Module:
     """A module of the same class over the same parameters, buffers and children.
 
-    Children can then be replaced in the copy without touching the original. A `forward` patched onto the instance
-    (this project's own, or Accelerate's) is not copied: the copy runs the code of its class.
+    Children can then be replaced in the copy without touching the original. A `forward` patched
+    onto the instance (this project's own, or Accelerate's) is not copied: the copy runs the code of
+    its class.
 
     Args:
         module: what to copy.
-        keep_hooks: False drops forward hooks, which users put on the whole backbone and not on a half of it.
+        keep_hooks: False drops forward hooks, which users put on the whole backbone and not on a
+            half of it.
     """
     clone = module.__class__.__new__(module.__class__)
     clone.__dict__.update(module.__dict__)
@@ -31,7 +35,9 @@ def shallow_copy(module: nn.Module, keep_hooks: bool = True) -> nn.Module:
 
 
 def cut_copy(backbone: nn.Module, layers_path: str, layers: Sequence[nn.Module]) -> nn.Module:
-    """A shallow copy of `backbone` with other layers in the place of its layer list, and without the adapter."""
+    """A shallow copy of `backbone` with other layers in the place of its layer list, and without
+    the adapter.
+    """
     clone = shallow_copy(backbone, keep_hooks=False)
     clone._modules.pop(LATE_PROMPT, None)
     holder = clone

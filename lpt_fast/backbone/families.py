@@ -1,9 +1,9 @@
 """The one table of model families: what the split of a backbone at layer k must know about each.
 
-A backbone is run in two halves, both through the model's own code: a shallow copy that shares every weight, with the
-layer list cut. The lower half leaves out what comes after the last layer (final norm, output projection), the upper
-half leaves out what comes before the first (embeddings, their norm and dropout). A family is a line that names these
-places.
+A backbone is run in two halves, both through the model's own code: a shallow copy that shares every
+weight, with the layer list cut. The lower half leaves out what comes after the last layer (final
+norm, output projection), the upper half leaves out what comes before the first (embeddings, their
+norm and dropout). A family is a line that names these places.
 """
 
 from __future__ import annotations
@@ -23,16 +23,23 @@ class Family:
     Attributes:
         name: as users know it.
         layers: dotted path from the backbone to its list of layers.
-        causal: decoder: attends to the left, has a KV cache; the prompt is made from the context alone.
-        after: modules of the backbone that come after the last layer and are not part of the head (final norms).
+        causal: decoder: attends to the left, has a KV cache; the prompt is made from the context
+            alone.
+        after: modules of the backbone that come after the last layer and are not part of the head
+            (final norms).
         pooler: module of the backbone that belongs to the head, or "".
-        skip_embeddings: changes the upper copy so that `inputs_embeds` goes into its first layer as it is.
-        takes_positions: whether the layers read `position_ids` (rotary), so that the upper half must shift them.
-        layer_types: whether the code reads `config.layer_types[i]`, which then must be cut as the layers are.
-        bias_owner: T5: only the first layer holds the relative position bias, and the upper half's first needs it.
-        first_layer_extra: path of a module that acts after layer 1 only (DeBERTa-v2's convolution), or "".
-        positions_after_padding: whether learned positions start behind the padding token's id (RoBERTa), so that the
-            table has that many places less.
+        skip_embeddings: changes the upper copy so that `inputs_embeds` goes into its first layer as
+            it is.
+        takes_positions: whether the layers read `position_ids` (rotary), so that the upper half
+            must shift them.
+        layer_types: whether the code reads `config.layer_types[i]`, which then must be cut as the
+            layers are.
+        bias_owner: T5: only the first layer holds the relative position bias, and the upper half's
+            first needs it.
+        first_layer_extra: path of a module that acts after layer 1 only (DeBERTa-v2's convolution),
+            or "".
+        positions_after_padding: whether learned positions start behind the padding token's id
+            (RoBERTa), so that the table has that many places less.
         dropout_keys: config fields that may hold the hidden dropout, the first found counts.
     """
 
@@ -64,21 +71,27 @@ class Family:
 
 
 class PassEmbeddings(nn.Module):
-    """Stands in for an embedding module that also takes `inputs_embeds`: gives them back unchanged."""
+    """Stands in for an embedding module that also takes `inputs_embeds`: gives them back
+    unchanged.
+    """
 
     def forward(self, input_ids=None, *args, inputs_embeds=None, **kwargs):
         return inputs_embeds
 
 
 class ZeroPositions(nn.Module):
-    """Stands in for learned positions: the hidden states above the insertion carry theirs already."""
+    """Stands in for learned positions: the hidden states above the insertion carry theirs
+    already.
+    """
 
     def forward(self, mask_or_positions, *args, **kwargs):
         return torch.zeros((), device=mask_or_positions.device)
 
 
 class SkipFirst(nn.Module):
-    """T5 uses one dropout module before its first and after its last layer. Only the second is above the prompt."""
+    """T5 uses one dropout module before its first and after its last layer. Only the second is
+    above the prompt.
+    """
 
     def __init__(self, dropout: nn.Module):
         super().__init__()
@@ -127,8 +140,8 @@ def _llama(name: str, **kwargs) -> Family:
     )
 
 
-# Keyed by the class of the backbone, not by model_type: one model_type has several classes (T5's encoder stack inside
-# T5Model, OPTDecoder inside OPTModel), and the class is what gets split.
+# Keyed by the class of the backbone, not by model_type: one model_type has several classes (T5's
+# encoder stack inside T5Model, OPTDecoder inside OPTModel), and the class is what gets split.
 FAMILIES: dict[str, Family] = {
     "BertModel": _encoder("BERT", pooler="pooler"),
     "RobertaModel": _encoder("RoBERTa", pooler="pooler", positions_after_padding=True),
@@ -173,8 +186,9 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-# Where a task model's head reads the backbone only in part, its modules with weights outside the backbone are the
-# head. These task models are language models: their head is part of what was pre-trained and stays frozen.
+# Where a task model's head reads the backbone only in part, its modules with weights outside the
+# backbone are the head. These task models are language models: their head is part of what was
+# pre-trained and stays frozen.
 LM_HEADS = (
     "ForMaskedLM",
     "ForCausalLM",
@@ -185,7 +199,9 @@ LM_HEADS = (
 
 
 def family_of(module: nn.Module) -> Family | None:
-    """The family of a backbone module, looked up by its class and its bases; None for anything else."""
+    """The family of a backbone module, looked up by its class and its bases; None for anything
+    else.
+    """
     for cls in type(module).__mro__:
         if cls.__name__ in FAMILIES:
             return FAMILIES[cls.__name__]
@@ -193,7 +209,8 @@ def family_of(module: nn.Module) -> Family | None:
 
 
 def find_backbone(model: nn.Module) -> tuple[str, nn.Module, Family]:
-    """The backbone inside a model: its dotted name ("" for the model itself), the module and its family.
+    """The backbone inside a model: its dotted name ("" for the model itself), the module and its
+    family.
 
     Raises:
         ValueError: when the model holds no backbone of a known family; lists the families.
@@ -205,14 +222,15 @@ def find_backbone(model: nn.Module) -> tuple[str, nn.Module, Family]:
             continue
         if not family.causal and getattr(module.config, "is_decoder", False):
             raise ValueError(
-                f"{type(module).__name__} is set up as a decoder (config.is_decoder=True); Late Prompt Tuning knows "
-                f"{family.name} as an encoder only. Load it with is_decoder=False."
+                f"{type(module).__name__} is set up as a decoder (config.is_decoder=True); Late "
+                f"Prompt Tuning knows {family.name} as an encoder only. Load it with "
+                "is_decoder=False."
             )
         return name, module, family
     known = ", ".join(sorted(f.name for f in FAMILIES.values()))
     raise ValueError(
-        f"Late Prompt Tuning does not know the model {type(model).__name__}; the known families are {known}. A new "
-        "one is a line in lpt_fast/backbone/families.py."
+        f"Late Prompt Tuning does not know the model {type(model).__name__}; the known families "
+        f"are {known}. A new one is a line in lpt_fast/backbone/families.py."
     )
 
 
@@ -223,14 +241,16 @@ def get_layers(backbone: nn.Module, family: Family) -> nn.ModuleList:
 def head_modules(
     model: nn.Module, backbone_name: str, backbone: nn.Module, family: Family
 ) -> list[str]:
-    """Dotted names (relative to the model) of everything with weights between the last layer and the logits.
+    """Dotted names (relative to the model) of everything with weights between the last layer and
+    the logits.
 
-    Empty for language models (their head was pre-trained and stays frozen) and for a bare backbone (no head). A
-    pooler that sits in the backbone is part of the head when the model has one.
+    Empty for language models (their head was pre-trained and stays frozen) and for a bare backbone
+    (no head). A pooler that sits in the backbone is part of the head when the model has one.
     """
     if backbone_name == "" or type(model).__name__.endswith((*LM_HEADS, "Model")):
         return []
-    # What holds the backbone, its sibling stacks (T5's decoder) and shared embeddings are not the head.
+    # What holds the backbone, its sibling stacks (T5's decoder) and shared embeddings are not the
+    # head.
     names = [
         name
         for name, child in model.named_children()

@@ -1,8 +1,9 @@
 """Where the prompt rows stand among the padded text rows, in the padded form of the method.
 
-The m prompt rows go directly before the first token of each example: at the left edge of a right-padded row, between
-padding and text of a left-padded one. Then relative positions, sliding windows and rotary angles between prompt and
-text do not depend on how much padding the batch happens to need.
+The m prompt rows go directly before the first token of each example: at the left edge of a
+right-padded row, between padding and text of a left-padded one. Then relative positions, sliding
+windows and rotary angles between prompt and text do not depend on how much padding the batch
+happens to need.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class PromptLayout:
 
     Attributes:
         m: prompt rows per example.
-        starts: int64 [B], index of each example's first token; None when it is 0 for all (no left padding), which
-            makes insertion a plain concatenation.
+        starts: int64 [B], index of each example's first token; None when it is 0 for all (no left
+            padding), which makes insertion a plain concatenation.
     """
 
     m: int
@@ -46,13 +47,16 @@ class PromptLayout:
         if mask is None:
             return cls(m, None)
         starts = mask.int().argmax(dim=1)
-        # Looking costs nothing on the CPU; on a GPU it would stall the stream, and the general way is right anyway.
+        # Looking costs nothing on the CPU; on a GPU it would stall the stream, and the general way
+        # is right anyway.
         if not mask.is_cuda and not starts.any():
             return cls(m, None)
         return cls(m, starts)
 
     def _sources(self, length: int) -> Tensor:
-        """For each of the m + S rows, the row of [prompt; text] that goes there. int64 [B, m + S]."""
+        """For each of the m + S rows, the row of [prompt; text] that goes there. int64
+        [B, m + S].
+        """
         row = torch.arange(length + self.m, device=self.starts.device)
         start = self.starts[:, None]
         return torch.where(
@@ -83,10 +87,11 @@ class PromptLayout:
         return self.insert(mask.new_ones(len(mask), self.m), mask)
 
     def extend_positions(self, positions: Tensor | None, batch: int) -> Tensor | None:
-        """Positions for rotary layers: the prompt takes those of the first m tokens, the text moves up by m.
+        """Positions for rotary layers: the prompt takes those of the first m tokens, the text moves
+        up by m.
 
-        positions: int64 [B or 1, S] -> [B, m + S]. None stays None: counting from the left edge is then right, for
-        the prompt stands directly before the text.
+        positions: int64 [B or 1, S] -> [B, m + S]. None stays None: counting from the left edge is
+        then right, for the prompt stands directly before the text.
         """
         if positions is None:
             return None

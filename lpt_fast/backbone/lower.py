@@ -1,4 +1,6 @@
-"""The lower half of a backbone: embeddings and layers 1..k, frozen, without gradient, in eval mode, always."""
+"""The lower half of a backbone: embeddings and layers 1..k, frozen, without gradient, in eval
+mode, always.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ def build_lower(backbone: nn.Module, family: Family, k: int) -> nn.Module:
 def run_lower(backbone: nn.Module, family: Family, k: int, inputs: dict):
     """Output of layer k for the given inputs of the backbone.
 
-    Nothing below the insertion ever has a gradient or dropout (dropout there would make a cache of these states a
-    lie), whatever mode the model is in.
+    Nothing below the insertion ever has a gradient or dropout (dropout there would make a cache of
+    these states a lie), whatever mode the model is in.
 
     Args:
         backbone: the whole backbone.
@@ -34,7 +36,8 @@ def run_lower(backbone: nn.Module, family: Family, k: int, inputs: dict):
         inputs: keyword arguments of the backbone's own forward.
 
     Returns:
-        The backbone's usual output; `last_hidden_state` [B, S, D] is what layer k gave, before any final norm.
+        The backbone's usual output; `last_hidden_state` [B, S, D] is what layer k gave, before any
+        final norm.
     """
     lower = build_lower(backbone, family, k)
     if any(module.training for module in lower.modules()):

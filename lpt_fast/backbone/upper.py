@@ -1,4 +1,6 @@
-"""The upper half of a backbone in its padded form: layers k+1..L over [prompt; hidden], by the model's own code."""
+"""The upper half of a backbone in its padded form: layers k+1..L over [prompt; hidden], by the
+model's own code.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ from .layout import PromptLayout
 def _checkpointed(layer: nn.Module) -> nn.Module:
     """A copy of a layer in eval mode that recomputes itself in the backward.
 
-    Transformers checkpoints a layer only while it is in training mode, and a frozen layer is not. The copy is in
-    training mode itself; its children keep their mode, and a dropout of its own is switched off.
+    Transformers checkpoints a layer only while it is in training mode, and a frozen layer is not.
+    The copy is in training mode itself; its children keep their mode, and a dropout of its own is
+    switched off.
     """
     clone = shallow_copy(layer)
     clone.training = True
@@ -26,7 +29,9 @@ def _checkpointed(layer: nn.Module) -> nn.Module:
 
 
 def _with_position_bias(layer: nn.Module, first: nn.Module) -> nn.Module:
-    """T5: a copy of layer k+1 that makes the relative position bias itself, with the table of layer 1."""
+    """T5: a copy of layer k+1 that makes the relative position bias itself, with the table of
+    layer 1.
+    """
     table = first.layer[0].SelfAttention.relative_attention_bias
     attention = shallow_copy(layer.layer[0].SelfAttention)
     attention.has_relative_attention_bias = True
@@ -39,7 +44,8 @@ def _with_position_bias(layer: nn.Module, first: nn.Module) -> nn.Module:
 
 
 def build_upper(backbone: nn.Module, family: Family, k: int, training: bool) -> nn.Module:
-    """A copy of `backbone` (same weights) that starts at layer k+1 and takes `inputs_embeds` as its input.
+    """A copy of `backbone` (same weights) that starts at layer k+1 and takes `inputs_embeds` as its
+    input.
 
     Args:
         backbone: the whole backbone.
