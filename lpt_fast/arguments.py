@@ -122,8 +122,9 @@ class TrainArguments(DataArguments):
     label_smoothing_factor: float = _option(0.0, "Label smoothing.", "Training")
     max_grad_norm: float = _option(1.0, "Gradients are clipped to this norm.", "Training")
     group_by_length: bool = _option(
-        True,
-        "Batches of texts of like length: less padding, so faster. Off: wholly random batches.",
+        False,
+        "Batches of texts of like length: less padding, so faster, but where length tells of the "
+        "label a little worse.",
         "Training",
     )
     seed: int = _option(
