@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.abc
-import importlib.machinery
+import importlib.util
 import sys
 
 __version__ = "0.1.0"
@@ -24,8 +24,9 @@ __all__ = ["LPTConfig", "LPTModel", "LatePrompt", "__version__"]
 
 def __getattr__(name: str):
     if name in _EXPORTS:
-        import peft  # noqa: F401  registers the method
+        import peft  # noqa: F401
 
+        _register()
         return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
@@ -41,19 +42,28 @@ def _register() -> None:
 class _AfterPeft(importlib.abc.MetaPathFinder):
     """Registers the method directly after `peft` has been imported, whoever imports it and when.
 
-    Importing peft here instead would cost every `lpt-fast --help` several seconds.
+    Importing peft here instead would cost every `lpt-fast --help` several seconds. The finder stays
+    until peft has really run: many only ask whether it could be imported.
     """
 
+    def __init__(self):
+        self._looking = False
+
     def find_spec(self, fullname, path=None, target=None):
-        if fullname != "peft":
+        if fullname != "peft" or self._looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        self._looking = True
+        try:
+            spec = importlib.util.find_spec(fullname)  # by the other finders
+        finally:
+            self._looking = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module):
                 execute(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 _register()
 
             spec.loader.exec_module = exec_module

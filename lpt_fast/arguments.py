@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 METHODS = ("lpt", "head", "lora", "prompt_tuning", "full")
+ADAPTER_METHODS = ("lpt", "lora", "prompt_tuning")  # the others save a whole model
 FORMULATIONS = ("classification", "cloze")
 
 
@@ -174,6 +175,11 @@ class TrainArguments(DataArguments):
         ):
             raise ValueError(
                 "`--load_best_model_at_end` needs validation data: give --validation_file."
+            )
+        if self.few_shot and (self.validation_file or self.max_train_samples):
+            raise ValueError(
+                "`--few_shot` draws its own training and validation rows from the training data; "
+                "leave out --validation_file and --max_train_samples."
             )
         for name in ("max_length", "max_train_samples", "max_eval_samples", "few_shot"):
             value = getattr(self, name)

@@ -24,10 +24,14 @@ class _LPTType(str):
 
     @property
     def value(self) -> str:
-        return str(self)
+        return str.__str__(self)
+
+    def __str__(self) -> str:
+        # PEFT's reports take the name from behind the dot. (JSON and f-strings give "LPT".)
+        return f"PeftType.{self.value}"
 
     def __reduce__(self):
-        return (_LPTType, (str(self),))
+        return (_LPTType, (self.value,))
 
 
 LPT = _LPTType("LPT")
@@ -173,5 +177,5 @@ class LPTConfig(PeftConfig):
 
     def to_dict(self) -> dict:
         out = super().to_dict()
-        out["peft_type"] = str(self.peft_type)
+        out["peft_type"] = LPT.value
         return out

@@ -4,10 +4,15 @@ never the answer.
 
 from __future__ import annotations
 
+import inspect
+import threading
 import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .backbone.layout import check
 
@@ -36,23 +41,27 @@ def attended(tokens: Tensor | None, batch: int, length: int, device: torch.devic
     return tokens
 
 
-def first_tokens(tokens: Tensor, context_lengths) -> Tensor:
+def first_tokens(tokens: Tensor, context_lengths, repeat: bool = False) -> Tensor:
     """The first `context_lengths[b]` tokens of each example, bool [B, S].
 
     Args:
         tokens: bool [B, S].
-        context_lengths: whole numbers [B]; or [B / beams], as `generate` repeats its inputs.
+        context_lengths: whole numbers [B].
+        repeat: allows [B / n] for n copies of each example, as beam search makes them.
 
     Raises:
         ValueError: for a length below 1 or above the number of tokens, or another shape.
     """
     batch = len(tokens)
     context = torch.as_tensor(context_lengths, device=tokens.device)
-    if context.dim() != 1 or len(context) == 0 or batch % len(context):
+    fits = context.dim() == 1 and len(context) > 0 and batch % len(context) == 0
+    if not fits or (len(context) != batch and not repeat):
         raise ValueError(
             f"`context_lengths` must hold one number for each of the {batch} examples, got the "
             f"shape {tuple(context.shape)}."
         )
+    if context.is_floating_point() or context.dtype == torch.bool:
+        raise ValueError(f"`context_lengths` must be whole numbers, got {context.dtype}.")
     context = context.repeat_interleave(batch // len(context))
     count = tokens.sum(1)
     check(
@@ -87,17 +96,93 @@ def before_answer(tokens: Tensor, labels: Tensor) -> Tensor:
     return context
 
 
-def warn_of_leak() -> None:
-    """For a causal language model in training whose forward is told nothing of where the answer
-    begins.
-    """
-    warnings.warn(
-        "A causal language model trains without labels or context_lengths in its forward, so the "
-        "prompt is made from every attended token, the answer included. (With label smoothing or a "
-        "loss function of its own, Trainer takes the labels away: pass context_lengths.)",
-        stacklevel=2,
-    )
-
-
 def _short(values: Tensor) -> str:
     return str(values.tolist() if len(values) <= 8 else [*values[:8].tolist(), "..."])
+
+
+@lru_cache(maxsize=64)
+def parameter_names(forward) -> tuple[str, ...]:
+    """Names of the arguments of a class's `forward`, without self."""
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def _thread() -> int:
+    # (Dynamo cannot trace get_ident, and compiled models are not shared between threads.)
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+@dataclass
+class Call:
+    """What one call of the whole model says beyond what reaches the backbone."""
+
+    context_lengths: Tensor | None = None
+    labels: Tensor | None = None
+
+
+class Context:
+    """Carries context lengths and labels from the call of a whole model to its backbone.
+
+    Kept per thread, for servers run one model from several.
+
+    Args:
+        causal_lm: whether labels are the tokens to generate, so that the context ends before them.
+    """
+
+    def __init__(self, causal_lm: bool):
+        self.causal_lm = causal_lm
+        self._calls: dict[int, Call] = {}
+        # While generate() runs: the context lengths, once they are known.
+        self._generations: dict[int, list] = {}
+
+    def note(self, model: nn.Module, args: tuple, kwargs: dict):
+        """Forward pre-hook of the whole model: takes what the backbone will not be given."""
+        labels = kwargs.get("labels")
+        if args and labels is None:
+            names = parameter_names(type(model).forward)
+            labels = dict(zip(names, args, strict=False)).get("labels")
+        self._calls[_thread()] = Call(kwargs.pop("context_lengths", None), labels)
+        return args, kwargs
+
+    def forget(self, model: nn.Module, args: tuple, output) -> None:
+        """Forward hook: nothing of a call, not of a failed one either, is left for the next."""
+        self._calls.pop(_thread(), None)
+
+    def take(self) -> Call:
+        """What was noted of the running call."""
+        return self._calls.pop(_thread(), Call())
+
+    @contextmanager
+    def generating(self, context_lengths: Tensor | None):
+        """While generating, the context is the prompt text, also without a cache that knows it."""
+        self._generations[_thread()] = [context_lengths]
+        try:
+            yield
+        finally:
+            del self._generations[_thread()]
+
+    def of(self, tokens: Tensor, call: Call, training: bool) -> Tensor:
+        """The context of each example of a decoder, bool [B, S].
+
+        Args:
+            tokens: the attended tokens, bool [B, S].
+            call: what was noted of the call.
+            training: whether the model trains.
+        """
+        if call.context_lengths is not None:
+            return first_tokens(tokens, call.context_lengths)
+        generation = self._generations.get(_thread())
+        if generation is not None:
+            if generation[0] is None:
+                generation[0] = tokens.sum(1)
+            return first_tokens(tokens, generation[0], repeat=True)
+        if self.causal_lm and call.labels is not None:
+            return before_answer(tokens, call.labels)
+        if self.causal_lm and training and torch.is_grad_enabled():
+            warnings.warn(
+                "A causal language model trains without labels or context_lengths in its forward, "
+                "so the prompt is made from every attended token, the answer included. (With label "
+                "smoothing or a loss function of its own, Trainer takes the labels away: pass "
+                "context_lengths.)",
+                stacklevel=2,
+            )
+        return tokens

@@ -29,6 +29,7 @@ class Formulation:
         task: TaskSpec with template and label words; needed for cloze.
         model: name or folder of the base model.
         method: what was trained.
+        dtype: of the base model, by name.
     """
 
     labels: list[str]
@@ -40,6 +41,7 @@ class Formulation:
     task: TaskSpec | None
     model: str
     method: str = "lpt"
+    dtype: str = "float32"
 
     def to_json(self) -> dict[str, Any]:
         out = asdict(self) | {"task": None}

@@ -16,7 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from .arguments import EvalArguments
+from .arguments import ADAPTER_METHODS, EvalArguments
 from .data import (
     RUN_FILE,
     Collator,
@@ -72,10 +72,14 @@ class Classifier:
         auto, more = AutoModelForSequenceClassification, {"num_labels": len(form.labels)}
         if form.cloze:
             auto, more = (AutoModelForCausalLM if form.causal else AutoModelForMaskedLM), {}
-        adapter = (Path(folder) / "adapter_config.json").is_file()
+        # Not by what lies in the folder: an earlier training may have left its files there.
+        adapter = form.method in ADAPTER_METHODS
         try:
             model = auto.from_pretrained(
-                base if adapter else folder, ignore_mismatched_sizes=adapter, **more
+                base if adapter else folder,
+                ignore_mismatched_sizes=adapter,
+                dtype=getattr(torch, form.dtype),
+                **more,
             )
         except (OSError, ValueError) as error:
             way_out = f"{cannot_load('model', base, error)} Give the base model with --model."

@@ -5,9 +5,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,12 +13,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from .backbone.copies import LATE_PROMPT
-from .backbone.families import Family, get_layers
+from .backbone.families import Family, frozen_above, frozen_below, get_layers
 from .backbone.layout import PromptLayout
 from .backbone.lower import run_lower
 from .backbone.upper import run_upper
 from .config import LPTConfig
-from .context import attended, before_answer, first_tokens, warn_of_leak
+from .context import Context, attended, parameter_names
 from .generators import PromptGenerator, build_generator
 from .labels import get_labels, set_labels
 
@@ -35,20 +32,6 @@ except ImportError:  # pragma: no cover
 # What the lower half needs to make its input; the upper half gets that as `inputs_embeds`.
 _INPUTS = ("input_ids", "inputs_embeds", "token_type_ids", "attention_mask", "position_ids")
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
-
-
-@lru_cache(maxsize=64)
-def parameter_names(forward) -> tuple[str, ...]:
-    """Names of the arguments of a class's `forward`, without self."""
-    return tuple(inspect.signature(forward).parameters)[1:]
-
-
-@dataclass
-class _Call:
-    """What one call of the whole model says beyond what reaches the backbone."""
-
-    context_lengths: Tensor | None = None
-    labels: Tensor | None = None
 
 
 class LatePrompt(nn.Module, BaseTunerLayer):
@@ -79,10 +62,12 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         # A list hides them from nn.Module: they hold this module, not the other way round.
         self._outside = [root, backbone]
-        self._call = _Call()
-        # While generate() runs, a list whose one item is the context lengths once they are known.
-        self._generation: list | None = None
-        self._base_labels = get_labels(root)
+        self.context = Context(causal_lm)
+        self.base_labels = get_labels(root)
+        # Whose label space the model has now (None: the base model's), and what is known of each.
+        self._labels_of: str | None = None
+        problem_type = getattr(getattr(root, "config", None), "problem_type", None)
+        self._problem_types: dict[str | None, str | None] = {None: problem_type}
 
     # -- life of the module ------------------------------------------------------------------------
 
@@ -99,7 +84,10 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         root, backbone = self.root, self.backbone
         backbone.add_module(LATE_PROMPT, self)
         backbone.forward = self.run
-        self._hook = root.register_forward_pre_hook(self._note_call, with_kwargs=True)
+        self._hooks = (
+            root.register_forward_pre_hook(self.context.note, with_kwargs=True),
+            root.register_forward_hook(self.context.forget, always_call=True),
+        )
         if hasattr(root, "generate"):
             root.generate = self.generate
         # Trainer takes **kwargs in `forward` as a promise that the loss is divided by
@@ -114,11 +102,15 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         root, backbone = self.root, self.backbone
         del backbone._modules[LATE_PROMPT]
         del backbone.forward
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         root.__dict__.pop("generate", None)
         if self._sets_loss_flag:
             del root.accepts_loss_kwargs
-        set_labels(root, self._base_labels)
+        set_labels(root, self.base_labels)
+        if hasattr(getattr(root, "config", None), "problem_type"):
+            root.config.problem_type = self._problem_types[None]
+        root.train(root.training)  # frozen layers too are again in the mode of the whole
 
     def add_generator(self, adapter_name: str, config: LPTConfig, inference_mode: bool) -> None:
         """Adds the generator of a new adapter, on the device of the layer before the insertion."""
@@ -209,46 +201,39 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         return self
 
     def _sync(self) -> None:
+        """Modes and label space of the adapter that runs, or of the base model."""
         self._sync_modes()
         config = self.active_config
+        owner = None if config is None else self.active_adapters[0]
+        model_config = getattr(self.root, "config", None)
+        if owner == self._labels_of or model_config is None:
+            return
+        # `problem_type` is found out in the first training step; it belongs to the label space.
+        self._problem_types[self._labels_of] = getattr(model_config, "problem_type", None)
+        self._labels_of = owner
         labels = None if config is None else (config.num_labels, config.id2label)
-        set_labels(self.root, labels if labels and labels[0] else self._base_labels)
+        set_labels(self.root, labels if labels and labels[0] else self.base_labels)
+        if hasattr(model_config, "problem_type"):
+            model_config.problem_type = self._problem_types.get(owner, self._problem_types[None])
 
     def _sync_modes(self) -> None:
-        """Frozen layers in eval mode: those below the insertion always, those above unless
-        upper_dropout is set.
-        """
+        """Frozen layers in eval mode: below the insertion always, above unless upper_dropout."""
         config = self.active_config
         if config is None:
-            return
-        family, k = self.family, config.insertion_layer
-        layers = get_layers(self.backbone, family)
-        # Everything but the layers (they have their turn) and what trains: embeddings and final
-        # norms.
-        others = {*self.backbone._modules} - {
-            LATE_PROMPT,
-            family.pooler,
-            family.layers.split(".")[0],
-        }
-        live = self.training and config.upper_dropout
-        above = [*layers[k:], *(getattr(self.backbone, name) for name in others & {*family.after})]
-        below = [*layers[:k], *(getattr(self.backbone, name) for name in others - {*family.after})]
+            below, above, live = [], [], self.training
+            for name, child in self.backbone.named_children():
+                if name != LATE_PROMPT:
+                    above.append(child)  # the base model by itself is in the mode that was set
+        else:
+            k = config.insertion_layer
+            below = frozen_below(self.backbone, self.family, k)
+            above = frozen_above(self.backbone, self.family, k)
+            live = self.training and config.upper_dropout
         for modules, mode in ((below, False), (above, live)):
             for module in modules:
-                if module is not None:
-                    module.train(mode)
+                module.train(mode)
 
     # -- the forward -------------------------------------------------------------------------------
-
-    def _note_call(self, root: nn.Module, args: tuple, kwargs: dict):
-        """Before each call of the whole model: takes what the backbone will not be given."""
-        if args:
-            names = parameter_names(type(root).forward)
-            labels = kwargs.get("labels", dict(zip(names, args, strict=False)).get("labels"))
-        else:
-            labels = kwargs.get("labels")
-        self._call = _Call(kwargs.pop("context_lengths", None), labels)
-        return args, kwargs
 
     def generate(self, *args, context_lengths=None, **kwargs):
         """The model's own `generate`, in which the context stays the prompt text, with or without a
@@ -259,24 +244,24 @@ class LatePrompt(nn.Module, BaseTunerLayer):
             context_lengths: tokens of each example that the prompt is made from; default: all of
                 the input's.
         """
-        config = kwargs.get("generation_config") or getattr(self.root, "generation_config", None)
-        for name in ("prefill_chunk_size", "assistant_model", "prompt_lookup_num_tokens"):
-            if kwargs.get(name, getattr(config, name, None)) is not None and self.active_config:
+        given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+        config = given or getattr(self.root, "generation_config", None)
+        names = ("prefill_chunk_size", "assistant_model", "prompt_lookup_num_tokens")
+        for name in (*names, "guidance_scale"):
+            value = kwargs.get(name, getattr(config, name, None))
+            if value is not None and (name, value) != ("guidance_scale", 1) and self.active_config:
                 raise ValueError(
                     f"generate() got `{name}`, which Late Prompt Tuning does not support: the "
                     "prompt is made once, from the whole context, and stays in the KV cache. Leave "
                     "it out."
                 )
-        self._generation = [context_lengths]
-        try:
+        with self.context.generating(context_lengths):
             return type(self.root).generate(self.root, *args, **kwargs)
-        finally:
-            self._generation = None
 
     def run(self, *args, **kwargs):
         """The backbone's forward. Arguments and output are those of the backbone's class."""
         backbone, family = self.backbone, self.family
-        call, self._call = self._call, _Call()
+        call = self.context.take()
         config = self.active_config
         forward = type(backbone).forward
         if config is None:
@@ -312,7 +297,9 @@ class LatePrompt(nn.Module, BaseTunerLayer):
             rows = hidden
             positions = None if positions is None else positions + m
         else:
-            readable = self._readable(tokens, hidden, call)
+            readable = attended(tokens, *hidden.shape[:2], hidden.device)
+            if family.causal:
+                readable = self.context.of(readable, call, self.training)
             generator = self.lpt_generator[self.active_adapters[0]]
             rows = layout.insert(generator(hidden, readable), hidden)
             positions = layout.extend_positions(positions, len(hidden))
@@ -397,24 +384,6 @@ class LatePrompt(nn.Module, BaseTunerLayer):
                 f"Late Prompt Tuning got several texts packed into one row ({packed[0]}); give one "
                 "text per row, padded, with an attention_mask."
             )
-
-    def _readable(self, tokens: Tensor | None, hidden: Tensor, call: _Call) -> Tensor:
-        """Which positions the generator may read, bool [B, S]; of decoders the context alone."""
-        tokens = attended(tokens, *hidden.shape[:2], hidden.device)
-        if not self.family.causal:
-            return tokens
-        context = call.context_lengths
-        if context is None and self._generation is not None:
-            if self._generation[0] is None:
-                self._generation[0] = tokens.sum(1)
-            context = self._generation[0]
-        if context is not None:
-            return first_tokens(tokens, context)
-        if self.causal_lm and call.labels is not None:
-            return before_answer(tokens, call.labels)
-        if self.causal_lm and self.training and torch.is_grad_enabled():
-            warn_of_leak()
-        return tokens
 
     def _assemble(self, lower, upper, strip, cache, wanted):
         """The backbone's usual output from those of the two halves."""

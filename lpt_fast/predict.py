@@ -29,9 +29,15 @@ def read_texts(args: PredictArguments, stdin: TextIO, formulation) -> dict[str, 
         return read_rows(args.input_file, "test", task, columns, label_column=None)[1]
     names = list(task.text_columns) if task else columns
     lines = [line.rstrip("\r\n") for line in stdin]
-    lines = [line for line in lines if line.strip()]
+    while lines and not lines[-1].strip():
+        lines.pop()
     if not lines:
         raise ValueError("Standard input held no text; give one text a line, or --input_file.")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():  # to leave it out would shift the labels of all that follow
+            raise ValueError(
+                f"Line {number} of standard input is empty, expected one text a line; take it out."
+            )
     if len(names) == 1:
         return {names[0]: lines}
     parts = [line.split("\t") for line in lines]

@@ -20,6 +20,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import get_available_reporting_integrations
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -98,7 +99,7 @@ def read_data(args: TrainArguments) -> Data:
     def other(file, split):
         if file:
             return split_of(read(file, split, args.max_eval_samples))
-        if args.dataset and not args.train_file:
+        if args.dataset and not args.train_file and not Path(args.dataset).is_file():
             # Test splits of hub data sets often have no labels, so only folders' are read.
             if split == "test" and not Path(args.dataset).is_dir():
                 return None
@@ -147,12 +148,21 @@ def build_model(args: TrainArguments, data: Data, tokenizer) -> tuple[nn.Module,
     else:
         auto, task_type = AutoModelForMaskedLM, None
     try:
-        model = auto.from_pretrained(args.model, dtype=dtype, **more)
+        model, info = auto.from_pretrained(
+            args.model, dtype=dtype, output_loading_info=True, **more
+        )
     except (OSError, ValueError) as error:
         raise ValueError(cannot_load("model", args.model, error)) from None
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    _, backbone, family = find_backbone(model)
+    name, backbone, family = find_backbone(model)
+    missing = sorted(k for k in info["missing_keys"] if not k.startswith(f"{name.split('.')[0]}."))
+    if cloze and missing:
+        raise ValueError(
+            f"{args.model} has no language model head ({missing[0]} is missing), and a random one "
+            "predicts nothing; use --formulation classification, or a checkpoint of a language "
+            "model."
+        )
     limit = family.max_length(backbone.config) or 10**9
     if args.method == "prompt_tuning":
         limit -= PROMPT_TUNING_TOKENS  # they stand in the input
@@ -160,6 +170,12 @@ def build_model(args: TrainArguments, data: Data, tokenizer) -> tuple[nn.Module,
         raise ValueError(
             f"`--max_length` is {args.max_length}, but {args.model} takes {limit} tokens; give at "
             f"most {limit}."
+        )
+    least = tokenizer.num_special_tokens_to_add(pair=False) + 1
+    if args.max_length is not None and args.max_length < least:
+        raise ValueError(
+            f"`--max_length` is {args.max_length}, which leaves no room for text beside the "
+            f"special tokens; give at least {least}."
         )
     formulation = Formulation(
         labels=data.labels,
@@ -171,6 +187,7 @@ def build_model(args: TrainArguments, data: Data, tokenizer) -> tuple[nn.Module,
         task=data.task,
         model=args.model,
         method=args.method,
+        dtype=args.torch_dtype,
     )
     return _adapt(model, args, task_type), formulation
 
@@ -286,6 +303,7 @@ def train(args: TrainArguments) -> dict:
         The results that are also written to `results.json` in the output folder: metrics in [0, 1]
         of each split, seconds, trainable parameters.
     """
+    _check_trackers(args.report_to)
     data = read_data(args)
     tokenizer = load_tokenizer(args.model)
     set_seed(args.seed)
@@ -332,6 +350,18 @@ def train(args: TrainArguments) -> dict:
     (folder / RUN_FILE).write_text(json.dumps(formulation.to_json(), indent=2), encoding="utf-8")
     (folder / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
     return results
+
+
+def _check_trackers(name: str) -> None:
+    """Before anything is loaded: Trainer would say it last."""
+    if name in ("none", "all"):
+        return
+    available = get_available_reporting_integrations()
+    if name not in available:
+        raise ValueError(
+            f"`--report_to` is {name!r}, which is not installed here; installed trackers: "
+            f"{', '.join(available) or 'none'}."
+        )
 
 
 def _checkpoint(args: TrainArguments) -> str | None:

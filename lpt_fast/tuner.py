@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from contextlib import contextmanager
 from typing import ClassVar
@@ -20,7 +21,14 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from .backbone.copies import LATE_PROMPT
-from .backbone.families import find_backbone, get_layers, head_modules
+from .backbone.families import (
+    Family,
+    find_backbone,
+    frozen_below,
+    get_layers,
+    head_modules,
+    is_causal_lm,
+)
 from .config import LPT, PREFIX, LPTConfig
 from .late_prompt import NO_MERGE, LatePrompt
 
@@ -71,17 +79,29 @@ class LPTModel(BaseTuner):
             if peft_config.train_head:
                 chosen = list(peft_config.modules_to_save or [])
                 peft_config.modules_to_save = [*chosen, *(h for h in heads if h not in chosen)]
+        self._check_trainable(peft_config, backbone, family)
         return peft_config
+
+    def _check_trainable(self, peft_config: LPTConfig, backbone: nn.Module, family: Family) -> None:
+        """Refuses modules_to_save at or below the insertion, which no gradient ever reaches."""
+        below = set()
+        for part in frozen_below(backbone, family, peft_config.insertion_layer):
+            below.update(part.modules())
+        for wanted in peft_config.modules_to_save or ():
+            for name, module in self.model.named_modules():
+                if name.endswith(wanted) and module in below:
+                    raise ValueError(
+                        f"`modules_to_save` names {wanted!r}, which matches {name}: it lies at or "
+                        f"below insertion_layer={peft_config.insertion_layer}, where nothing "
+                        "trains. Leave it out, or use another method for it."
+                    )
 
     def _take_labels(self, peft_config: LPTConfig) -> None:
         """Keeps the model's labels with the adapter, unless the adapter brings its own."""
-        config = self.model.config
-        existing = getattr(config, "id2label", None)
-        adapters = self._late_prompt()
-        if (
-            adapters is not None
-        ):  # a second adapter: the base model's labels, not the active adapter's
-            existing = (adapters._base_labels or (None, existing))[1]
+        existing = getattr(getattr(self.model, "config", None), "id2label", None)
+        late = self._late_prompt()
+        if late is not None:  # the base model's labels, not the active adapter's
+            existing = (late.base_labels or (None, existing))[1]
         if peft_config.num_labels is None and existing is not None:
             peft_config.num_labels = len(existing)
         if peft_config.id2label is None and existing and len(existing) == peft_config.num_labels:
@@ -114,9 +134,7 @@ class LPTModel(BaseTuner):
         late = self._late_prompt()
         if late is None:
             _, backbone, family = find_backbone(self.model)
-            causal_lm = family.causal and type(self.model).__name__.endswith(
-                ("ForCausalLM", "LMHeadModel")
-            )
+            causal_lm = family.causal and is_causal_lm(self.model)
             late = LatePrompt(self.model, backbone, family, causal_lm)
             late.attach()
             late.train(backbone.training)
@@ -133,6 +151,9 @@ class LPTModel(BaseTuner):
         low_cpu_mem_usage=False,
         state_dict=None,
     ) -> None:
+        # What depends on the model is filled into the config. One config object may serve several
+        # models and adapters, so each gets a copy.
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         # Where the prompt goes follows from the config alone; a state dict has nothing to add.
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         self._fit_head(adapter_name)
@@ -146,7 +167,7 @@ class LPTModel(BaseTuner):
         looks at the adapter.
         """
         config = self.peft_config[adapter_name]
-        wanted, base = config.num_labels, (self._late_prompt()._base_labels or (None,))[0]
+        wanted, base = config.num_labels, (self._late_prompt().base_labels or (None,))[0]
         if wanted is None or wanted == base or config.task_type == TaskType.QUESTION_ANS:
             return
         std = getattr(self.model.config, "initializer_range", 0.02)
@@ -255,7 +276,9 @@ class LPTModel(BaseTuner):
                 f"Only a 'residual' generator folds to a static prompt; adapter {adapter_name!r} "
                 f"has {config.generator!r}."
             )
-        late.lpt_generator[adapter_name] = late.lpt_generator[adapter_name].fold()
+        old = late.lpt_generator[adapter_name]
+        trains = any(p.requires_grad for p in old.parameters())
+        late.lpt_generator[adapter_name] = old.fold().requires_grad_(trains)
         config.generator = "static"
 
     # -- files -------------------------------------------------------------------------------------

@@ -268,6 +268,12 @@ def test_flags_that_cannot_work(models_dir, data):
     assert "needs validation data" in refused(*base, "--load_best_model_at_end")
     assert "`--max_length` must be at least 1, got 0" in refused(*base, "--max_length", 0)
     assert "takes 64 tokens" in refused(*base, "--max_length", 65)
+    message = refused(*base, "--few_shot", 8, "--validation_file", data["test"])
+    assert "`--few_shot` draws its own" in message
+    assert "leaves no room for text" in refused(*base, "--max_length", 2)
+    assert "not installed here" in refused(*base, "--report_to", "wandb")
+    message = refused(*base, "--formulation", "cloze", "--task", "sst2")
+    assert "has no language model head" in message
     assert "no configuration file" in refused("train", "--config", "nowhere.yaml")
     assert "sst2" in refused(*base, "--task", "sst")
     assert invoke("train", "--no_such_flag").exit_code == 2
@@ -344,6 +350,8 @@ def test_models_that_cannot_be_loaded(models_dir, data, tmp_path):
         *("--model", tmp_path / "moved"),
     )
     assert "--model" in gone
+    message = refused("predict", "--adapter", tmp_path / "out", "--use_cpu", text="a\n\nb\n")
+    assert "Line 2 of standard input is empty" in message
     assert "held no text" in refused(
         "predict", "--adapter", tmp_path / "out", "--use_cpu", text="\n\n"
     )
@@ -366,11 +374,48 @@ def test_help_imports_nothing_heavy():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_second_training_in_the_same_folder(models_dir, data, tmp_path):
+    """What is evaluated is what was trained last, not what an earlier adapter left there."""
+    out = tmp_path / "out"
+    for method in ("lpt", "full", "lpt"):
+        run_train(models_dir, data, out, "--method", method, "--num_train_epochs", "3")
+        results = json.loads((out / "results.json").read_text())
+        shown = invoke("eval", "--adapter", out, "--test_file", data["test"], "--use_cpu").output
+        assert f"{100 * results['test']['accuracy']:.1f} %" in shown
+
+
+def test_training_rows_are_no_validation(models_dir, data, tmp_path):
+    from datasets import Dataset
+
+    saved = tmp_path / "saved"
+    texts, labels = zip(*ROWS, strict=True)
+    Dataset.from_dict({"text": list(texts), "label": list(labels)}).save_to_disk(str(saved))
+    for source in (data["train"], saved):
+        out = tmp_path / "out"
+        call = ["train", "--model", models_dir / "bert", "--dataset", source, "--output_dir", out]
+        done = invoke(*call, *SPEED)
+        assert done.exit_code == 0, done.output
+        results = json.loads((out / "results.json").read_text())
+        assert "validation" not in results and "test" not in results
+
+
+def test_half_precision_is_remembered(models_dir, data, tmp_path):
+    out = tmp_path / "out"
+    run_train(models_dir, data, out, "--torch_dtype", "bfloat16")
+    from lpt_fast.inference import Classifier
+
+    model = Classifier(str(out), use_cpu=True).model
+    assert model.get_base_model().bert.encoder.layer[0].output.dense.weight.dtype == torch.bfloat16
+
+
 def test_importing_first_or_last_registers_the_method():
     for order in (
         "import lpt_fast, peft",
         "import peft, lpt_fast",
         "from lpt_fast import LPTConfig; import peft",
+        # Transformers asks whether peft could be imported before anybody imports it.
+        "import lpt_fast, importlib.util; importlib.util.find_spec('peft'); import peft",
+        "import lpt_fast; from transformers import Trainer; import peft",
     ):
         code = f"{order}\nassert 'LPT' in peft.PEFT_TYPE_TO_TUNER_MAPPING"
         subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

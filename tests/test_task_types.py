@@ -187,6 +187,7 @@ def test_the_answer_never_reaches_the_prompt(family, generator):
     [
         ([0, 1, 1, 1, 1], r"between 1 and the number of attended tokens.*got \[0, 1, 1, 1, 1\]"),
         ([9, 5, 1, 1, 1], r"got \[9, 5, 1, 1, 1\] for \[9, 4, 7, 1, 3\] tokens"),
+        ([1.5, 1.0, 1.0, 1.0, 1.0], "must be whole numbers, got torch.float32"),
         ([1, 1], r"one number for each of the 5 examples, got the shape \(2,\)"),
     ],
 )
@@ -314,5 +315,7 @@ def test_caches_that_do_not_fit_are_refused():
         model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
     with pytest.raises(ValueError, match="`prompt_lookup_num_tokens`"):
         model.generate(**inputs, max_new_tokens=2, prompt_lookup_num_tokens=2)
+    with pytest.raises(ValueError, match="`guidance_scale`"):
+        model.generate(**inputs, max_new_tokens=2, guidance_scale=1.5)
     with pytest.raises(ValueError, match="`assistant_model`"):
         model.generate(**inputs, max_new_tokens=2, assistant_model=base)

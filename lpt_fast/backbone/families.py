@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .copies import LATE_PROMPT
+
 
 @dataclass(frozen=True)
 class Family:
@@ -189,13 +191,17 @@ FAMILIES: dict[str, Family] = {
 # Where a task model's head reads the backbone only in part, its modules with weights outside the
 # backbone are the head. These task models are language models: their head is part of what was
 # pre-trained and stays frozen.
-LM_HEADS = (
-    "ForMaskedLM",
-    "ForCausalLM",
-    "LMHeadModel",
-    "ForConditionalGeneration",
-    "ForPreTraining",
-)
+_CAUSAL_LM = ("ForCausalLM", "LMHeadModel", "DoubleHeadsModel")
+_LM_HEADS = (*_CAUSAL_LM, "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
+
+
+def is_causal_lm(model: nn.Module) -> bool:
+    """Whether the labels of a model are the tokens to generate. Users' own subclasses count."""
+    return any(cls.__name__.endswith(_CAUSAL_LM) for cls in type(model).__mro__)
+
+
+def _is_language_model(model: nn.Module) -> bool:
+    return any(cls.__name__.endswith(_LM_HEADS) for cls in type(model).__mro__)
 
 
 def family_of(module: nn.Module) -> Family | None:
@@ -238,6 +244,22 @@ def get_layers(backbone: nn.Module, family: Family) -> nn.ModuleList:
     return backbone.get_submodule(family.layers)
 
 
+def frozen_below(backbone: nn.Module, family: Family, k: int) -> list[nn.Module]:
+    """Everything that acts before the insertion: embeddings and layers 1..k."""
+    return [*_others(backbone, family, set(family.after)), *get_layers(backbone, family)[:k]]
+
+
+def frozen_above(backbone: nn.Module, family: Family, k: int) -> list[nn.Module]:
+    """What acts after the insertion and is not part of the head: layers k+1..L, final norms."""
+    after = [getattr(backbone, name) for name in family.after if name in backbone._modules]
+    return [*get_layers(backbone, family)[k:], *(module for module in after if module is not None)]
+
+
+def _others(backbone: nn.Module, family: Family, without: set[str]) -> list[nn.Module]:
+    without = without | {LATE_PROMPT, family.pooler, family.layers.split(".")[0]}
+    return [m for name, m in backbone._modules.items() if name not in without and m is not None]
+
+
 def head_modules(
     model: nn.Module, backbone_name: str, backbone: nn.Module, family: Family
 ) -> list[str]:
@@ -247,7 +269,7 @@ def head_modules(
     Empty for language models (their head was pre-trained and stays frozen) and for a bare backbone
     (no head). A pooler that sits in the backbone is part of the head when the model has one.
     """
-    if backbone_name == "" or type(model).__name__.endswith((*LM_HEADS, "Model")):
+    if backbone_name == "" or _is_language_model(model):
         return []
     # What holds the backbone, its sibling stacks (T5's decoder) and shared embeddings are not the
     # head.

@@ -236,6 +236,12 @@ def _load_folder(folder: Path, split: str) -> Dataset:
 
         saved = load_from_disk(str(folder))
         if not isinstance(saved, DatasetDict):
+            # One data set is one split; to give it for another would test on the training rows.
+            if split != "train":
+                raise FileNotFoundError(
+                    f"{folder}: got one data set without splits, expected a split {split!r}: save "
+                    "a DatasetDict, or give the files of the splits"
+                )
             return saved
         if split not in saved:
             raise FileNotFoundError(
@@ -269,6 +275,12 @@ def _load_hub(name: str, split: str) -> Dataset:
         path = f"{first}/{second}"
     try:
         return load_dataset(path, *config, split=split)
+    except ValueError as error:
+        if "split" not in str(error):
+            raise
+        raise FileNotFoundError(
+            f"{name}: got no split {split!r}: {' '.join(str(error).split())}"
+        ) from error
     except OSError as error:  # Not found, no connection, offline: all of them are OSErrors.
         raise FileNotFoundError(
             f"got {name!r}, which is neither a file nor a folder here nor reachable on the hub "
