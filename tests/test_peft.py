@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 
 import pytest
 import torch
+import transformers
 from peft import (
     AutoPeftModelForCausalLM,
     AutoPeftModelForFeatureExtraction,
@@ -20,6 +22,10 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from lpt_fast import LPTConfig
 
+# Transformers 5.17 loads an adapter of any PEFT method without its head, when PEFT's own classes are
+# not used; 5.18 does it right.
+LOADS_HEADS = "AuxiliaryTrainingWrapper" in inspect.getsource(transformers.integrations.peft)
+needs_heads = pytest.mark.skipif(not LOADS_HEADS, reason="this transformers loads no heads")
 KINDS = {
     "gpt2": "CAUSAL_LM",
     "bert": "SEQ_CLS",
@@ -354,6 +360,8 @@ def test_auto_classes_know_the_labels(base_dir, tmp_path):
         assert loaded(**batch()).logits.shape == (5, 2)
         assert loaded.config.num_labels == 2
     assert loaded.config.num_labels == 6
+    if not LOADS_HEADS:
+        return
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter").eval()
     torch.testing.assert_close(plain(**batch()).logits, expected)
     assert plain.config.id2label == names
@@ -392,6 +400,7 @@ def test_auto_model_for_other_tasks(base_dir, tmp_path):
     )
 
 
+@needs_heads
 def test_transformers_own_adapter_methods(tmp_path):
     """model.add_adapter / load_adapter / set_adapter / disable_adapters, without a PeftModel."""
     base = tiny("bert", "SEQ_CLS")
@@ -607,7 +616,11 @@ def test_threads_do_not_mix_contexts():
     contexts = [torch.full((5,), n) for n in (2, 7)]
     expected = [model(**inputs, context_lengths=c).logits for c in contexts]
     barrier = threading.Barrier(2)
-    model.get_base_model().register_forward_pre_hook(lambda *_: [barrier.wait()] and None)
+
+    def meet(*_):
+        barrier.wait()
+
+    model.get_base_model().register_forward_pre_hook(meet)
     got = [None, None]
 
     def work(i):
