@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from lpt_fast import LPTConfig
 
-# Transformers 5.17 loads an adapter of any PEFT method without its head, when PEFT's own classes are
+# Transformers 5.17 loads an adapter of any PEFT method without its head when PEFT's own classes are
 # not used; 5.18 does it right.
 LOADS_HEADS = "AuxiliaryTrainingWrapper" in inspect.getsource(transformers.integrations.peft)
 needs_heads = pytest.mark.skipif(not LOADS_HEADS, reason="this transformers loads no heads")
