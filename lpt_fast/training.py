@@ -24,7 +24,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.trainer_utils import get_last_checkpoint
 
-from .arguments import TrainArguments
+from .arguments import ADAPTER_METHODS, TrainArguments
 from .backbone.families import find_backbone, head_modules
 from .config import LPTConfig
 from .data import (
@@ -344,12 +344,23 @@ def train(args: TrainArguments) -> dict:
             keys = ("accuracy", "f1", "mcc", "loss")
             results[name] = {key: got[f"{name}_{key}"] for key in keys}
             results[name]["examples"] = len(rows)
+    _clear_other_kind(Path(args.output_dir), args.method)
     trainer.save_model(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
     folder = Path(args.output_dir)
     (folder / RUN_FILE).write_text(json.dumps(formulation.to_json(), indent=2), encoding="utf-8")
     (folder / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
     return results
+
+
+def _clear_other_kind(folder: Path, method: str) -> None:
+    """An earlier training's adapter beside a whole model would be loaded with it, and vice versa."""
+    whole, adapter = (
+        ("config.json", "model.safetensors"),
+        ("adapter_config.json", "adapter_model.safetensors"),
+    )
+    for name in whole if method in ADAPTER_METHODS else adapter:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _check_trackers(name: str) -> None:

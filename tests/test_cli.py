@@ -380,6 +380,8 @@ def test_a_second_training_in_the_same_folder(models_dir, data, tmp_path):
     for method in ("lpt", "full", "lpt"):
         run_train(models_dir, data, out, "--method", method, "--num_train_epochs", "3")
         results = json.loads((out / "results.json").read_text())
+        assert (out / "adapter_config.json").is_file() == (method == "lpt")
+        assert (out / "config.json").is_file() == (method == "full")
         shown = invoke("eval", "--adapter", out, "--test_file", data["test"], "--use_cpu").output
         assert f"{100 * results['test']['accuracy']:.1f} %" in shown
 
