@@ -46,8 +46,7 @@ from .tasks import (
     load_task,
 )
 
-# Peak learning rates where none is given: the best on TREC's validation set with MiniLM
-# (bench/results/README.md).
+# Peak learning rates where none is given: customary for each method, not tuned to a task.
 LEARNING_RATES = {"lpt": 1e-3, "head": 1e-3, "lora": 1e-3, "prompt_tuning": 1e-2, "full": 1e-4}
 PROMPT_TUNING_TOKENS = 20
 # A task's metric -> its name among the results.
@@ -354,7 +353,7 @@ def train(args: TrainArguments) -> dict:
 
 
 def _clear_other_kind(folder: Path, method: str) -> None:
-    """An earlier training's adapter beside a whole model would be loaded with it, and vice versa."""
+    """An earlier training's adapter beside a whole model would be loaded with it, or it instead."""
     whole, adapter = (
         ("config.json", "model.safetensors"),
         ("adapter_config.json", "adapter_model.safetensors"),
