@@ -15,6 +15,7 @@ from lpt_fast import LPTConfig
 from lpt_fast.backbone.families import FAMILIES as TABLE
 from lpt_fast.backbone.families import family_of, find_backbone
 from lpt_fast.backbone.layout import PromptLayout
+from lpt_fast.backbone.lower import run_lower
 from lpt_fast.config import GENERATORS
 
 CASES = [(f, a) for f in FAMILIES for a in attentions(f)]
@@ -128,8 +129,11 @@ def test_explicit_position_ids_left_padded(family):
         left["input_ids"][row, -n:] = right["input_ids"][row, :n]
     left["position_ids"] = (left["attention_mask"].cumsum(1) - 1).clamp(min=0)
     a, b = split_output(model, left), split_output(model, right)
+    right["position_ids"] = (right["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    again = split_output(model, right)
     for row, n in enumerate(length):
         torch.testing.assert_close(a[row, -n:], b[row, :n], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(again[row, :n], b[row, :n], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -157,6 +161,18 @@ def test_hidden_states_and_attentions(family):
     as_tuple = backbone(**inputs, return_dict=False)
     assert isinstance(as_tuple, tuple)
     torch.testing.assert_close(as_tuple[0], out.last_hidden_state)
+
+
+def test_lower_half_is_frozen_whatever_the_mode():
+    """By itself too, as a cache would run it: no dropout, no graph, the model's own states."""
+    base = tiny("bert", hidden_dropout_prob=0.5)
+    inputs = batch()
+    expected = base(**inputs, output_hidden_states=True).hidden_states[2]
+    base.train()
+    base.enable_input_require_grads()
+    out = run_lower(base, TABLE["BertModel"], 2, inputs).last_hidden_state
+    assert not out.requires_grad
+    torch.testing.assert_close(out, expected)
 
 
 def test_unknown_family_lists_the_known_ones():

@@ -14,6 +14,7 @@ from peft import (
 )
 from safetensors.torch import load_file
 from tiny import FAMILIES, batch, tiny
+from transformers.pytorch_utils import Conv1D
 
 KINDS = {
     "gpt2": "CAUSAL_LM",
@@ -236,22 +237,22 @@ def test_gradient_checkpointing(family, reentrant):
     for checkpointing in (False, True):
         base = tiny(family)
         if checkpointing:
-            base.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": reentrant}
-            )
+            settings = {"use_reentrant": reentrant}
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
         torch.manual_seed(5)
         model = get_peft_model(base, lpt(insertion_layer=2, prompt_dropout=0.0)).train()
-        seen = []
-        layer = next(m for m in base.modules() if hasattr(m, "late_prompt"))
-        top = layer.late_prompt.family.layers
-        layer.get_submodule(top)[3].register_forward_hook(lambda *a, seen=seen: seen.append(1))
+        backbone, line = find_backbone(base)[1:]
+        runs = {}
+        for k in (1, 3):  # below and above the insertion
+            layer = get_layers(backbone, line)[k]
+            part = next(m for m in layer.modules() if isinstance(m, torch.nn.Linear | Conv1D))
+            runs[k] = []
+            part.register_forward_hook(lambda *a, seen=runs[k]: seen.append(1))
+            assert not any(m.training for m in layer.modules() if isinstance(m, torch.nn.Dropout))
         model(**batch()).last_hidden_state.square().sum().backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
-        inner = [
-            m for m in layer.get_submodule(top)[3].modules() if isinstance(m, torch.nn.Dropout)
-        ]
-        assert not any(m.training for m in inner)
-        calls.append(base)
+        calls.append([len(runs[1]), len(runs[3])])
+    assert calls == [[1, 1], [1, 2]]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
