@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from tiny import FAMILIES, batch, tiny
 from transformers.pytorch_utils import Conv1D
 
+from lpt_fast.backbone.families import find_backbone, get_layers
+
 KINDS = {
     "gpt2": "CAUSAL_LM",
     "bert": "SEQ_CLS",
