@@ -254,7 +254,8 @@ def test_gradient_checkpointing(family, reentrant):
         model(**batch()).last_hidden_state.square().sum().backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
         calls.append([len(runs[1]), len(runs[3])])
-    assert calls == [[1, 1], [1, 2]]
+    (below, above), recomputed = calls
+    assert below > 0 and above > 0 and recomputed == [below, 2 * above]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
