@@ -1,4 +1,4 @@
-"""python -m bench accuracy: what each method reaches on real tasks, as JSON lines."""
+"""python -m bench accuracy | table: what each method reaches on real tasks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from . import accuracy
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.command(name="accuracy")(accuracy.main)
+app.command(name="table")(accuracy.table)
 
 
 @app.callback()

@@ -120,3 +120,29 @@ def main(
             typer.echo(
                 f"{task:6} {name:24} {100 * row['accuracy']:5.1f} %  {row['seconds']:6.0f} s"
             )
+
+
+def table(
+    path: str = typer.Option(str(RESULTS / "accuracy.jsonl"), "--file", help="Results to show."),
+) -> None:
+    """Print the test accuracies as a Markdown table, a row a method and a column a task."""
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    rows = [row for row in rows if row["split"] == "test"]
+    cells: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        method = row["method"] + (f" (k = {row['k']})" if row["k"] else "")
+        cells.setdefault((method, row["task"]), []).append(row)
+    tasks = [task for task in TASKS if any(task == t for _, t in cells)]
+    methods = list(dict.fromkeys(method for method, _ in cells))
+    sizes = {t: sorted({r["train_examples"] for r in rows if r["task"] == t}) for t in tasks}
+    heads = [f"{t} ({'/'.join(map(str, sizes[t]))})" for t in tasks]
+    lines = [["method", "trained", *heads], ["---"] * (2 + len(tasks))]
+    for method in methods:
+        mine = [row for (m, _), found in cells.items() if m == method for row in found]
+        trained = sorted({row["trainable_parameters"] for row in mine})
+        line = [method, " - ".join(f"{n:,}" for n in trained[:: max(1, len(trained) - 1)])]
+        for task in tasks:
+            found = cells.get((method, task), [])
+            line.append(", ".join(f"{100 * r['accuracy']:.1f}" for r in found) or "-")
+        lines.append(line)
+    typer.echo("\n".join("| " + " | ".join(line) + " |" for line in lines))
