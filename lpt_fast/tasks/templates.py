@@ -275,7 +275,7 @@ def load_task(name_or_path: str | Path) -> TaskSpec:
     """A task of `TASKS` by name, or a user's own from a `.yaml` / `.yml` file.
 
     Keys of the file: name, text_columns (one name or a list of one or two), template,
-    decoder_template (optional), label_words (label: word), metric.
+    label_words (label: word), decoder_template and metric (both optional).
 
     Raises:
         ValueError: unknown name, or a file that says something else than the above.
