@@ -1,0 +1,100 @@
+"""How kernels are started: one place, so that launches can be recorded, compiled ahead or searched.
+
+Every wrapper of this package ends in `launch(...)` by keyword. With `LPT_AUTOTUNE=1` on a GPU,
+`best_config` times the candidates of an operator once for each key; without it the default that
+the operator's heuristic names is used, so that results do not depend on a search.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One start of a kernel, as recorded by `record`.
+
+    Attributes:
+        kernel: the jit function.
+        grid: number of programs along each axis.
+        args: every argument by name, tensors and constants alike.
+        num_warps, num_stages: launch options.
+    """
+
+    kernel: object
+    grid: tuple[int, ...]
+    args: dict[str, object] = field(repr=False)
+    num_warps: int = 4
+    num_stages: int = 2
+
+    @property
+    def name(self) -> str:
+        return getattr(self.kernel, "__name__", None) or self.kernel.fn.__name__
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Inside, kernels are noted instead of run; tensors on the device "meta" serve."""
+    global _recorded
+    outer, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = outer
+
+
+def launch(kernel, grid: tuple[int, ...], *, num_warps: int = 4, num_stages: int = 2, **args):
+    """Starts `kernel` on the device of its tensors; nothing happens for an empty grid."""
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, args, num_warps, num_stages))
+        return
+    if 0 in grid:
+        return
+    device = next(a.device for a in args.values() if isinstance(a, torch.Tensor))
+    if device.type == "cuda":
+        # Triton starts on the current device, which need not be the tensors' own.
+        with torch.cuda.device(device):
+            kernel[grid](**args, num_warps=num_warps, num_stages=num_stages)
+    else:
+        kernel[grid](**args, num_warps=num_warps, num_stages=num_stages)
+
+
+def next_power_of_2(n: int, at_least: int = 1) -> int:
+    return max(at_least, triton.next_power_of_2(n))
+
+
+_best: dict[tuple, object] = {}
+
+
+def best_config(key: tuple, default, candidates: Iterable, run: Callable[[object], object], device):
+    """The configuration to use: `default`, or with LPT_AUTOTUNE=1 on a GPU the fastest candidate.
+
+    Args:
+        key: what the choice depends on (operator, dtype, bucketed sizes).
+        default: the heuristic's choice.
+        candidates: configurations to try beside it.
+        run: starts the operator with a configuration; it must leave its inputs unchanged.
+        device: of the tensors.
+    """
+    if os.environ.get("LPT_AUTOTUNE") != "1" or device.type != "cuda" or _recorded is not None:
+        return default
+    if key not in _best:
+        if torch.cuda.is_current_stream_capturing():
+            return default
+        timed = []
+        for config in dict.fromkeys((default, *candidates)):
+            try:
+                timed.append((triton.testing.do_bench(lambda c=config: run(c)), config))
+            except (triton.runtime.errors.OutOfResources, triton.CompilationError):
+                continue
+        _best[key] = min(timed, key=lambda pair: pair[0])[1] if timed else default
+    return _best[key]

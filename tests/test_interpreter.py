@@ -1,0 +1,26 @@
+"""Runs tests/interpreter in Triton's interpreter, file by file in processes of their own: whether
+Triton interprets is decided at import, and other tests need it not to.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent / "interpreter"
+FILES = sorted(path.name for path in HERE.glob("test_*.py"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_in_the_interpreter(name):
+    pytest.importorskip("triton")
+    # One thread: the interpreter is numpy on small blocks, where more only get in the way.
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / name)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=HERE.parents[1])
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
