@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from .backbone.layout import check
+from .layout import check
 
 
 def attended(tokens: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:

@@ -14,13 +14,13 @@ from transformers import DynamicCache
 
 from .backbone.copies import LATE_PROMPT
 from .backbone.families import Family, frozen_above, frozen_below, get_layers
-from .backbone.layout import PromptLayout
 from .backbone.lower import run_lower
 from .backbone.upper import run_upper
 from .config import LPTConfig
 from .context import Context, attended, parameter_names
 from .generators import PromptGenerator, build_generator
 from .labels import get_labels, set_labels
+from .layout import PromptLayout
 
 # The place is internal to transformers; without it, hidden states are still captured, but maybe
 # twice.

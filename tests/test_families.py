@@ -14,7 +14,7 @@ from torch import nn
 from lpt_fast import LPTConfig
 from lpt_fast.backbone.families import FAMILIES as TABLE
 from lpt_fast.backbone.families import family_of, find_backbone
-from lpt_fast.backbone.layout import PromptLayout
+from lpt_fast.layout import PromptLayout
 from lpt_fast.backbone.lower import run_lower
 from lpt_fast.config import GENERATORS
 

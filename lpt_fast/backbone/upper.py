@@ -8,10 +8,10 @@ import copy
 
 from torch import Tensor, nn
 
+from ..layout import PromptLayout
 from .cache_view import CacheView
 from .copies import cut_copy, set_submodule, shallow_copy
 from .families import Family, get_layers
-from .layout import PromptLayout
 
 
 def _checkpointed(layer: nn.Module) -> nn.Module:
