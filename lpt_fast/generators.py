@@ -1,10 +1,8 @@
-"""The prompt generators (paper section 3.2; DESIGN section 1): hidden states of layer k ->
-prompt rows.
+"""The prompt generators (paper section 3.2; DESIGN section 1): parameters, and which formula.
 
-Every generator maps `hidden` [B, S, D] and a boolean `tokens` [B, S] (which positions it may read:
-the example's own tokens, in decoders those of the context) to the prompt [B, m, D]. Nothing loops
-over examples, and where the tokens stand in the row (left or right padded, with gaps) does not
-matter: only their order does.
+The paper's formulas are not here but in the one operator that makes prompts and puts them before
+the text (insertion.py: Triton kernels, or reference.py in plain PyTorch). Where the tokens stand in
+a padded row (left or right padded, with gaps) does not matter: only their order does.
 """
 
 from __future__ import annotations
@@ -14,68 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import GENERATORS, LPTConfig
-
-
-def first_token(tokens: Tensor) -> Tensor:
-    """Index of the first readable position of each row. tokens: bool [B, S] -> int64 [B]."""
-    return tokens.int().argmax(dim=1)
-
-
-def last_token(tokens: Tensor) -> Tensor:
-    """Index of the last readable position of each row. tokens: bool [B, S] -> int64 [B]."""
-    return tokens.shape[1] - 1 - tokens.int().flip(1).argmax(dim=1)
-
-
-def pooling_bins(num_tokens: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """Adaptive pooling bins over n tokens: bin j covers floor(j n / m) .. ceil((j+1) n / m) (end
-    excluded).
-
-    Bins overlap where m does not divide n, and repeat tokens where n < m, as in
-    `torch.nn.AdaptiveAvgPool1d`.
-
-    Args:
-        num_tokens: int64 [B].
-        m: number of bins.
-
-    Returns:
-        start, end: int64 [B, m].
-    """
-    j = torch.arange(m, device=num_tokens.device)
-    n = num_tokens[:, None]
-    start = torch.div(j * n, m, rounding_mode="floor")
-    end = torch.div((j + 1) * n + m - 1, m, rounding_mode="floor")
-    return start, end
-
-
-def adaptive_avg_pool(hidden: Tensor, tokens: Tensor, m: int) -> Tensor:
-    """Mean of the readable rows of each bin. hidden [B, S, D], tokens bool [B, S] -> [B, m, D]."""
-    rank = tokens.long().cumsum(1) - 1  # [B, S], the place of each token among the readable ones
-    start, end = pooling_bins(tokens.sum(1), m)
-    member = (
-        (rank[:, None] >= start[..., None]) & (rank[:, None] < end[..., None]) & tokens[:, None]
-    )
-    # In the dtype of `hidden`: an integer quotient would be rounded to fp32 first.
-    weight = member.to(hidden.dtype) / (end - start).clamp(min=1).to(hidden.dtype)[..., None]
-    # Positions that may not be read can hold anything, NaN included, and 0 * NaN is not 0.
-    return weight @ hidden.masked_fill(~tokens[..., None], 0)
-
-
-def adaptive_max_pool(hidden: Tensor, tokens: Tensor, m: int) -> Tensor:
-    """Maximum of the readable rows of each bin. hidden [B, S, D], tokens bool [B, S] -> [B, m, D].
-
-    Gathers the rows bin by bin, so that memory grows with S + 2 m rows an example and not with
-    S * m.
-    """
-    batch, length, width = hidden.shape
-    # The readable positions of each row in order, then the others.
-    order = torch.argsort(~tokens, dim=1, stable=True)
-    start, end = pooling_bins(tokens.sum(1), m)
-    widest = -(-length // m) + 1
-    place = start[..., None] + torch.arange(widest, device=hidden.device)  # [B, m, widest]
-    inside = place < end[..., None]
-    index = order.gather(1, place.clamp(max=length - 1).flatten(1))  # [B, m * widest]
-    rows = hidden.gather(1, index[..., None].expand(-1, -1, width)).view(batch, m, widest, width)
-    return rows.masked_fill(~inside[..., None], float("-inf")).amax(dim=2)
+from .insertion import insert_prompt_padded
 
 
 class PromptGenerator(nn.Module):
@@ -96,29 +33,55 @@ class PromptGenerator(nn.Module):
         self.causal = causal
         self.dropout = nn.Dropout(dropout)
 
-    def generate(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        raise NotImplementedError
+    kind: str
+    """Which formula of the operator makes the prompt."""
 
-    def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """hidden [B, S, D] in any float dtype, tokens bool [B, S] -> prompt [B, m, D] in the dtype
-        of `hidden`.
-
-        The weights are fp32 masters: half-precision hidden states are cast up, the prompt is cast
-        down at the end.
+    def weights(self, hidden: Tensor, readable: Tensor) -> dict[str, Tensor]:
+        """The operator's weights by name. hidden [B, S, D], readable bool [B, S]: what generators
+        beyond the paper make their prompt from themselves.
         """
-        dtype = next(self.parameters()).dtype
-        return self.dropout(self.generate(hidden.to(dtype), tokens)).to(hidden.dtype)
+        return dict(self.named_parameters())
+
+    def forward(
+        self, hidden: Tensor, attention_mask: Tensor | None, context_mask: Tensor | None = None
+    ) -> Tensor:
+        """Padded hidden states with the prompt directly before each row's first token.
+
+        The weights are fp32 masters, whatever the dtype of the hidden states (see
+        insertion.insert_prompt for the rounding).
+
+        Args:
+            hidden: [B, S, D] in any float dtype.
+            attention_mask: bool [B, S], the tokens of each row; None: all.
+            context_mask: bool [B, S], the tokens that the prompt is made from; None: all tokens.
+
+        Returns:
+            [B, m + S, D] in the dtype of `hidden`.
+        """
+        readable = attention_mask if context_mask is None else context_mask
+        if readable is None:
+            readable = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        rows, _ = insert_prompt_padded(
+            hidden,
+            attention_mask,
+            self.kind,
+            self.weights(hidden, readable),
+            self.num_virtual_tokens,
+            context_mask=context_mask,
+            last_token=self.causal,
+            dropout_p=self.dropout.p if self.training else 0.0,
+        )
+        return rows
 
 
 class StaticGenerator(PromptGenerator):
     """One learned prompt for all examples ("w/o PG" in the paper's tables)."""
 
+    kind = "static"
+
     def __init__(self, hidden_size, num_virtual_tokens, bottleneck_size, dropout, causal):
         super().__init__(hidden_size, num_virtual_tokens, dropout, causal)
         self.prompt_embedding = nn.Embedding(num_virtual_tokens, hidden_size)
-
-    def generate(self, hidden, tokens):
-        return self.prompt_embedding.weight.expand(hidden.shape[0], -1, -1)
 
 
 class NPGenerator(PromptGenerator):
@@ -126,33 +89,23 @@ class NPGenerator(PromptGenerator):
     token's state.
     """
 
+    kind = "npg"
+
     def __init__(self, hidden_size, num_virtual_tokens, bottleneck_size, dropout, causal):
         super().__init__(hidden_size, num_virtual_tokens, dropout, causal)
         self.proj_down = nn.Linear(hidden_size, bottleneck_size)
         self.proj_up = nn.Linear(bottleneck_size, num_virtual_tokens * hidden_size)
 
-    def generate(self, hidden, tokens):
-        position = last_token(tokens) if self.causal else first_token(tokens)
-        h = hidden[torch.arange(len(hidden), device=hidden.device), position]  # [B, D]
-        prompt = self.proj_up(F.relu(self.proj_down(h)))
-        return prompt.view(-1, self.num_virtual_tokens, self.hidden_size)
-
 
 class APPGenerator(PromptGenerator):
-    """Average-pooling prompt generator: W_u relu(Pool_m(H W_d^T + b_d)) + b_u.
+    """Average-pooling prompt generator: W_u relu(Pool_m(H W_d^T + b_d)) + b_u."""
 
-    Mean and projection are both linear, and the weights of a bin sum to one, so pooling first gives
-    the same prompt for m projected rows instead of n.
-    """
+    kind = "appg"
 
     def __init__(self, hidden_size, num_virtual_tokens, bottleneck_size, dropout, causal):
         super().__init__(hidden_size, num_virtual_tokens, dropout, causal)
         self.proj_down = nn.Linear(hidden_size, bottleneck_size)
         self.proj_up = nn.Linear(bottleneck_size, hidden_size)
-
-    def generate(self, hidden, tokens):
-        pooled = adaptive_avg_pool(hidden, tokens, self.num_virtual_tokens)
-        return self.proj_up(F.relu(self.proj_down(pooled)))
 
 
 class MPPGenerator(APPGenerator):
@@ -160,12 +113,7 @@ class MPPGenerator(APPGenerator):
     each channel.
     """
 
-    def generate(self, hidden, tokens):
-        # Padding may hold NaN; its gradient is zero, but zero times NaN in the weight gradient is
-        # not.
-        projected = self.proj_down(hidden.masked_fill(~tokens[..., None], 0))
-        pooled = adaptive_max_pool(projected, tokens, self.num_virtual_tokens)
-        return self.proj_up(F.relu(pooled))
+    kind = "mppg"
 
 
 class AttentionGenerator(PromptGenerator):
@@ -175,18 +123,22 @@ class AttentionGenerator(PromptGenerator):
     The scores are divided by sqrt(D), so that the softmax starts out soft for every model size.
     """
 
+    kind = "static"
+
     def __init__(self, hidden_size, num_virtual_tokens, bottleneck_size, dropout, causal):
         super().__init__(hidden_size, num_virtual_tokens, dropout, causal)
         self.queries = nn.Linear(hidden_size, num_virtual_tokens, bias=False)
         self.proj_down = nn.Linear(hidden_size, bottleneck_size)
         self.proj_up = nn.Linear(bottleneck_size, hidden_size)
 
-    def generate(self, hidden, tokens):
-        hidden = hidden.masked_fill(~tokens[..., None], 0)
+    def weights(self, hidden, readable):
+        hidden = hidden.to(self.queries.weight.dtype)
+        # Positions that may not be read can hold anything, NaN included, and 0 * NaN is not 0.
+        hidden = hidden.masked_fill(~readable[..., None], 0)
         scores = self.queries(hidden) / self.hidden_size**0.5  # [B, S, m]
-        scores = scores.masked_fill(~tokens[..., None], float("-inf"))
+        scores = scores.masked_fill(~readable[..., None], float("-inf"))
         pooled = scores.softmax(dim=1).transpose(1, 2) @ hidden  # [B, m, D]
-        return self.proj_up(F.relu(self.proj_down(pooled)))
+        return {"prompt_embedding.weight": self.proj_up(F.relu(self.proj_down(pooled)))}
 
 
 class ResidualGenerator(PromptGenerator):
@@ -197,6 +149,8 @@ class ResidualGenerator(PromptGenerator):
     residual prompt tuning does (Razdaibiedina et al., Findings of ACL 2023): the same for all
     examples, so it folds to `static`.
     """
+
+    kind = "static"
 
     def __init__(self, hidden_size, num_virtual_tokens, bottleneck_size, dropout, causal):
         super().__init__(hidden_size, num_virtual_tokens, dropout, causal)
@@ -211,8 +165,8 @@ class ResidualGenerator(PromptGenerator):
         branches = zip(self.proj_down, self.proj_up, strict=True)
         return embedding + sum(up(F.relu(down(embedding))) for down, up in branches)
 
-    def generate(self, hidden, tokens):
-        return self.prompt().expand(hidden.shape[0], -1, -1)
+    def weights(self, hidden, readable):
+        return {"prompt_embedding.weight": self.prompt()}
 
     @torch.no_grad()
     def fold(self) -> StaticGenerator:

@@ -301,7 +301,7 @@ class LatePrompt(nn.Module, BaseTunerLayer):
             if family.causal:
                 readable = self.context.of(readable, call, self.training)
             generator = self.lpt_generator[self.active_adapters[0]]
-            rows = layout.insert(generator(hidden, readable), hidden)
+            rows = generator(hidden, tokens, readable)
             positions = layout.extend_positions(positions, len(hidden))
         upper = run_upper(
             backbone,

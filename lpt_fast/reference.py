@@ -36,11 +36,11 @@ def pooling_bins(num_tokens: Tensor, m: int) -> tuple[Tensor, Tensor]:
     return start, end
 
 
-def _members(start: Tensor, count: Tensor, m: int, rows: int) -> tuple[Tensor, Tensor]:
+def _members(start: Tensor, count: Tensor, m: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Every pair of a pooling bin and a token in it, bin by bin.
 
     The bins of an example hold n + m - gcd(n, m) tokens in all, so rows + B m pairs are room
-    enough; what is left over belongs to bin B m, which nobody reads, and token `rows`.
+    enough; what is left over belongs to bin B m, which nobody reads.
 
     Args:
         start, count: int64 [B], first readable token and number of them.
@@ -48,41 +48,38 @@ def _members(start: Tensor, count: Tensor, m: int, rows: int) -> tuple[Tensor, T
         rows: an upper bound of the sum of `count`.
 
     Returns:
-        bin, token: int64 [rows + B m].
+        bin, token: int64 [rows + B m]; size: int64 [B m], the number of tokens in each bin.
     """
     begin, end = pooling_bins(count, m)
-    begin, end = (begin + start[:, None]).flatten(), (end + start[:, None]).flatten()
-    stop = (end - begin).cumsum(0)  # [B m]
+    size = (end - begin).flatten()
+    end = (end + start[:, None]).flatten()
+    stop = size.cumsum(0)
     pair = torch.arange(rows + len(stop), device=start.device)
     of = torch.searchsorted(stop, pair, right=True)
-    spare = of >= len(stop)
     last = of.clamp(max=len(stop) - 1)
-    token = end[last] - (stop[last] - pair)
-    return of, token.masked_fill(spare, rows)
+    return of, (end[last] - (stop[last] - pair)).clamp(max=rows - 1), size
 
 
-def _mean_of_bins(hidden: Tensor, of: Tensor, token: Tensor, bins: int) -> Tensor:
+def _mean_of_bins(hidden: Tensor, of: Tensor, token: Tensor, size: Tensor) -> Tensor:
     """[bins, D], the mean of each bin's rows of `hidden`; sums in at least fp32."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    # The row for spare pairs. (Not a row of the text: that may hold NaN, and 0 NaN is not 0.)
-    rows = F.pad(hidden, (0, 0, 0, 1)).index_select(0, token).to(dtype)
-    total = rows.new_zeros(bins + 1, hidden.shape[1]).index_add(0, of, rows)
-    size = rows.new_zeros(bins + 1).index_add(0, of, rows.new_ones(len(of)))
-    return (total[:bins] / size[:bins, None]).to(hidden.dtype)
+    rows = hidden.index_select(0, token).to(dtype)
+    total = rows.new_zeros(len(size) + 1, hidden.shape[1]).index_add(0, of, rows)
+    return (total[:-1] / size[:, None].to(dtype)).to(hidden.dtype)
 
 
 def _max_of_bins(values: Tensor, of: Tensor, token: Tensor, bins: int) -> Tensor:
     """[bins, R], the maximum of each bin and channel; of equals the first one gets the gradient."""
     with torch.no_grad():
         dtype = torch.promote_types(values.dtype, torch.float32)
-        rows = F.pad(values, (0, 0, 0, 1)).index_select(0, token).to(dtype)  # [pairs, R]
+        rows = values.index_select(0, token).to(dtype)  # [pairs, R]
         index = of[:, None].expand_as(rows)
         best = rows.new_full((bins + 1, rows.shape[1]), float("-inf"))
         best = best.scatter_reduce(0, index, rows, "amax")
         top = (rows == best.gather(0, index)) | rows.isnan()
         place = torch.where(top, token[:, None], len(values))
         first = torch.full_like(best, len(values), dtype=torch.int64)
-        first = first.scatter_reduce(0, index, place, "amin")[:bins]
+        first = first.scatter_reduce(0, index, place, "amin")[:-1]
     return values.gather(0, first)
 
 
@@ -116,17 +113,17 @@ def make_prompts(
         row = start + count - 1 if last_token else start
         z = F.linear(hidden.index_select(0, row), w_down, b_down)
         return F.linear(F.relu(z), w_up, b_up).view(B, m, D)
-    of, token = _members(start, count, m, T)
+    of, token, size = _members(start, count, m, T)
     if kind == "appg":
         # Mean and projection are both linear and a bin's shares sum to one: pooling first gives the
         # same for m projected rows instead of n.
-        z = F.linear(_mean_of_bins(hidden, of, token, B * m), w_down, b_down)
+        z = F.linear(_mean_of_bins(hidden, of, token, size), w_down, b_down)
     else:
         # Rows outside the readable ones can hold anything, NaN included; their gradient is zero,
         # but zero times NaN in the weight gradient is not.
-        used = torch.zeros(T + 1, dtype=torch.bool, device=hidden.device)
-        used = used.index_fill(0, token, True)[:T, None]
-        projected = F.linear(hidden.masked_fill(~used, 0), w_down, b_down)
+        unused = torch.ones(T + 1, dtype=torch.bool, device=hidden.device)
+        unused = unused.index_fill(0, token.masked_fill(of >= B * m, T), False)[:T, None]
+        projected = F.linear(hidden.masked_fill(unused, 0), w_down, b_down)
         z = _max_of_bins(projected, of, token, B * m)
     return F.linear(F.relu(z), w_up, b_up).view(B, m, D)
 

@@ -1,21 +1,14 @@
-"""The generators by themselves: pooling bins, padding that holds NaN, precision, initialisation."""
+"""The generators by themselves: formulas, padding that holds NaN, precision, initialisation."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from oracle import prompt_by_hand
-from torch.nn import functional as F
 
 from lpt_fast import LPTConfig
 from lpt_fast.config import GENERATORS
-from lpt_fast.generators import (
-    adaptive_avg_pool,
-    adaptive_max_pool,
-    build_generator,
-    first_token,
-    last_token,
-)
+from lpt_fast.generators import build_generator
 
 D, R = 24, 16
 
@@ -26,29 +19,12 @@ def make(kind, m=5, causal=False, dropout=0.0, seed=0):
     return build_generator(config, D, dropout, causal)
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 5, 8, 20])
-def test_pooling_is_torchs_adaptive_pooling(m):
-    """Every length from 1 to 23, tokens scattered over the row, all values negative."""
-    torch.manual_seed(m)
-    lengths = list(range(1, 24))
-    hidden = -torch.rand(len(lengths), 30, D, dtype=torch.float64) - 1
-    tokens = torch.zeros(len(lengths), 30, dtype=torch.bool)
-    for b, n in enumerate(lengths):
-        tokens[b, torch.randperm(30)[:n]] = True
-    for ours, theirs in (
-        (adaptive_avg_pool, F.adaptive_avg_pool1d),
-        (adaptive_max_pool, F.adaptive_max_pool1d),
-    ):
-        got = ours(hidden, tokens, m)
-        for b in range(len(lengths)):
-            expected = theirs(hidden[b][tokens[b]].T[None], m)[0].T
-            torch.testing.assert_close(got[b], expected, atol=1e-12, rtol=1e-12)
-
-
-def test_first_and_last_token():
-    tokens = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0], [0, 1, 0, 1]], dtype=torch.bool)
-    assert first_token(tokens).tolist() == [1, 0, 1]
-    assert last_token(tokens).tolist() == [2, 0, 3]
+def prompt(generator, hidden, tokens):
+    """The prompt rows by themselves, [B, m, D]: they stand before each row's first token."""
+    starts = tokens.int().argmax(1)
+    rows = generator(hidden, tokens)
+    m = generator.num_virtual_tokens
+    return torch.stack([row[i : i + m] for row, i in zip(rows, starts.tolist(), strict=True)])
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -58,7 +34,7 @@ def test_formula(kind, causal):
     hidden = torch.randn(4, 9, D, dtype=torch.float64)
     tokens = torch.arange(9) < torch.tensor([[9], [4], [1], [6]])
     weights = dict(generator.named_parameters())
-    got = generator(hidden, tokens)
+    got = prompt(generator, hidden, tokens)
     for b in range(4):
         expected = prompt_by_hand(kind, weights, hidden[b][tokens[b]], 5, causal)
         torch.testing.assert_close(got[b], expected, atol=1e-12, rtol=1e-12)
@@ -70,13 +46,13 @@ def test_padding_may_hold_anything(kind):
     generator = make(kind)
     hidden = torch.randn(3, 6, D)
     tokens = torch.arange(6) < torch.tensor([[6], [2], [1]])
-    clean = generator(hidden, tokens)
+    clean = prompt(generator, hidden, tokens)
     clean.square().sum().backward()
     grads = [p.grad.clone() for p in generator.parameters()]
     generator.zero_grad()
     dirty = hidden.masked_fill(~tokens[..., None], float("nan"))
     dirty[1, 5] = float("inf")
-    got = generator(dirty, tokens)
+    got = prompt(generator, dirty, tokens)
     torch.testing.assert_close(got, clean, atol=0, rtol=0)
     got.square().sum().backward()
     for p, grad in zip(generator.parameters(), grads, strict=True):
@@ -90,16 +66,17 @@ def test_half_precision_states(kind, dtype):
     generator = make(kind)
     hidden = torch.randn(2, 7, D).to(dtype)
     tokens = torch.ones(2, 7, dtype=torch.bool)
-    got = generator(hidden, tokens)
+    got = prompt(generator, hidden, tokens)
     assert got.dtype == dtype
-    torch.testing.assert_close(got, generator(hidden.float(), tokens).to(dtype), atol=0, rtol=0)
+    wide = prompt(generator, hidden.float(), tokens)
+    torch.testing.assert_close(got, wide.to(dtype), atol=0, rtol=0)
 
 
 def test_dropout_is_on_the_prompt():
     generator = make("npg", dropout=0.5).train()
     hidden, tokens = torch.randn(50, 4, D), torch.ones(50, 4, dtype=torch.bool)
-    noisy = generator(hidden, tokens)
-    plain = generator.eval()(hidden, tokens)
+    noisy = prompt(generator, hidden, tokens)
+    plain = prompt(generator.eval(), hidden, tokens)
     kept = noisy != 0
     assert 0.4 < kept.float().mean() < 0.6
     torch.testing.assert_close(noisy[kept], 2 * plain[kept])

@@ -376,11 +376,12 @@ def insert_bwd(
         return None, d_weights
     d_hidden = grad.new_empty((T, D))
     R = 1 if kind == "static" else z.shape[1]
-    tile_rows = tile if kind in ("appg", "mppg") else 64
+    # Small blocks: mppg holds several [BLOCK_T, BLOCK_R] at once.
+    block_t = 32 if kind == "mppg" else 64
     block_d = _block_d(D, 64)
     launch(
         hidden_bwd_kernel,
-        (-(-T // tile_rows), -(-D // block_d)),
+        (-(-T // block_t), -(-D // block_d)),
         grad_ptr=grad,
         d_x_ptr=d_hidden,
         w_down_ptr=None if kind == "static" else weights[0],
@@ -401,7 +402,8 @@ def insert_bwd(
         LAST=layout.last,
         PRECISION=precision,
         STEPS=_steps(B),
-        TILE=tile_rows,
+        TILE=tile,
+        BLOCK_T=block_t,
         BLOCK_R=min(_block_r(R), 64),
         BLOCK_D=block_d,
         **places,
@@ -506,7 +508,8 @@ def _weights_bwd(
         return dz, [d_w_down, d_b_down, d_w_up, d_b_up]
 
     d_w_up, d_b_up = _total(d_w_up), _total(d_b_up)
-    splits = max(1, min(8, -(-T // tile) // 4))
+    block_t = 32 if kind == "mppg" else 64
+    splits = max(1, min(8, T // 512))
     d_w_down = z.new_empty((splits, R, D), dtype=torch.float32)
     launch(
         down_bwd_kernel,
@@ -528,7 +531,8 @@ def _weights_bwd(
         PRECISION=up["PRECISION"],
         STEPS=_steps(B),
         TILE=tile,
-        BLOCK_P=_bins_of_tile(tile, T, B, m),
+        BLOCK_T=block_t,
+        BLOCK_P=_bins_of_tile(block_t, T, B, m),
         BLOCK_R=block_r,
         BLOCK_D=block_d,
         num_warps=8,

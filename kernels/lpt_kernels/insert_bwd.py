@@ -297,11 +297,10 @@ def npg_down_bwd_kernel(
 
 @triton.jit
 def dz_of_tokens(
-    t,  # [TILE]
+    t,  # [BLOCK_T]
     b,
     mask,
     c,  # [BLOCK_R]
-    tile_first,
     R,
     m,
     dz_ptr,
@@ -315,7 +314,7 @@ def dz_of_tokens(
     KIND: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Gradient of each row's own down-projection, fp32 [TILE, BLOCK_R].
+    """Gradient of each row's own down-projection, fp32 [BLOCK_T, BLOCK_R].
 
     appg: the mean's share of each bin that holds the row; mppg: of the bins and channels whose
     maximum it is.
@@ -326,7 +325,7 @@ def dz_of_tokens(
     rank = tl.where(useful, rank, 0)
     j_low = (rank * m // n).to(tl.int32)
     j_high = (((rank + 1) * m + n - 1) // n).to(tl.int32)
-    d_h = tl.zeros((TILE, c.shape[0]), dtype=tl.float32)
+    d_h = tl.zeros((t.shape[0], c.shape[0]), dtype=tl.float32)
     bins = tl.where(useful, j_high - j_low, 0)
     for s in range(0, tl.max(bins, axis=0)):
         valid = useful & (s < bins)
@@ -379,11 +378,12 @@ def down_bwd_kernel(
     PRECISION: tl.constexpr,
     STEPS: tl.constexpr,
     TILE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dW_d over tiles of text rows. Grid: D blocks x R blocks x splits of the tiles.
+    """dW_d over blocks of text rows. Grid: D blocks x R blocks x splits of the text.
 
     appg pools before it multiplies, as the forward pass does; mppg gives each row the gradient of
     the channels that chose it.
@@ -393,9 +393,9 @@ def down_bwd_kernel(
     c = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(2)
     d_w = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
-    for tile in range(split, tl.cdiv(T, TILE), tl.num_programs(2)):
-        tile_first = tile * TILE
-        t = tile_first + tl.arange(0, TILE)
+    for block in range(split, tl.cdiv(T, BLOCK_T), tl.num_programs(2)):
+        t_first = block * BLOCK_T
+        t = t_first + tl.arange(0, BLOCK_T)
         mask = t < T
         b = example_of(cu_seqlens_ptr, tl.minimum(t, T - 1), B, STEPS)
         start, n = readable(b, mask, cu_seqlens_ptr, readable_start_ptr, readable_count_ptr)
@@ -408,8 +408,8 @@ def down_bwd_kernel(
         )
         if KIND == "appg":
             p_low, p_high = prompt_rows_of(
-                tile_first,
-                tl.minimum(tile_first + TILE, T),
+                t_first,
+                tl.minimum(t_first + BLOCK_T, T),
                 tl.min(b, axis=0),
                 tl.max(b, axis=0),
                 m,
@@ -439,7 +439,6 @@ def down_bwd_kernel(
                 b,
                 mask,
                 c,
-                tile_first,
                 R,
                 m,
                 dz_ptr,
@@ -485,16 +484,16 @@ def hidden_bwd_kernel(
     PRECISION: tl.constexpr,
     STEPS: tl.constexpr,
     TILE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Gradient of hidden: that of its row in the output, plus W_d^T dz where the generator read it.
 
-    Grid: ceil(T / TILE) x ceil(D / BLOCK_D) programs.
+    Grid: ceil(T / BLOCK_T) x ceil(D / BLOCK_D) programs.
     """
     dtype: tl.constexpr = grad_ptr.dtype.element_ty
-    tile_first = tl.program_id(0) * TILE
-    t = tile_first + tl.arange(0, TILE)
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask = t < T
     b = example_of(cu_seqlens_ptr, tl.minimum(t, T - 1), B, STEPS)
     place = destination(t, b, mask, m, insert_at_ptr, order_ptr)
@@ -529,7 +528,6 @@ def hidden_bwd_kernel(
                         b,
                         mask,
                         c,
-                        tile_first,
                         R,
                         m,
                         dz_ptr,
