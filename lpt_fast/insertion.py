@@ -25,7 +25,7 @@ from .insertion_checks import (
     check_weights,
     choose_impl,
 )
-from .insertion_ops import choose_tile, run_insertion
+from .insertion_ops import run_insertion
 from .layout import PromptLayout
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def insert_prompt(
             dropout_mask=mask,
         )
     seed = check_dropout(dropout_p, seed, device)
-    settings = (kind, m, T, choose_tile(kind, T, B, m), last_token, float(dropout_p))
+    settings = (kind, m, T, last_token, float(dropout_p))
     places = (cu_seqlens, None, *readable, None)
     return run_insertion(hidden, False, places, _NO_SOURCE, seed, settings, hidden.dtype, found)
 
@@ -176,7 +176,7 @@ def insert_prompt_(
         )
         return buffer.copy_(filled)
     seed = check_dropout(dropout_p, seed, device)
-    settings = (kind, m, T, choose_tile(kind, T, B, m), last_token, float(dropout_p))
+    settings = (kind, m, T, last_token, float(dropout_p))
     places = (cu_seqlens, None, *readable, None)
     return run_insertion(buffer, True, places, _NO_SOURCE, seed, settings, buffer.dtype, found)
 
@@ -241,7 +241,7 @@ def insert_prompt_padded(
     insert_at = None
     if layout.starts is not None:
         insert_at = cu_seqlens[:-1] + layout.starts.to(torch.int32)
-    settings = (kind, m, B * S, choose_tile(kind, B * S, B, m), last_token, float(dropout_p))
+    settings = (kind, m, B * S, last_token, float(dropout_p))
     order = None if order is None else order.to(torch.int32)
     places = (cu_seqlens, insert_at, start.to(torch.int32), count.to(torch.int32), order)
     flat = hidden.flatten(0, 1)
@@ -303,7 +303,7 @@ def gather_insert_prompt(
     Raises:
         ValueError: as `insert_prompt`, and for an index or lengths that are not the store's.
     """
-    from lpt_kernels.gather import gather_rows, source_rows
+    from lpt_kernels.gather import source_rows
 
     device, m = store.hidden.device, num_virtual_tokens
     store.check()
@@ -313,7 +313,16 @@ def gather_insert_prompt(
     found = check_weights(kind, weights, store.hidden.shape[1], m, device, B)
     impl = choose_impl(impl, store.hidden)
     if impl == "reference":
-        packed, _ = gather_rows(store, index, 0, cu_seqlens=cu_seqlens, total=total, dtype=dtype)
+        packed = reference.gather_rows(
+            store.hidden,
+            store.cu_seqlens,
+            index,
+            cu_seqlens,
+            total,
+            dtype,
+            store.token_scale,
+            store.channel_scale,
+        )
         return insert_prompt(
             packed,
             cu_seqlens,
@@ -328,12 +337,10 @@ def gather_insert_prompt(
             validate=validate,
         )
     readable = check_context(context, cu_seqlens, B, validate)
-    start = source_rows(store, index)
+    start = source_rows(store, index, cu_seqlens=cu_seqlens, total=total)
     seed = check_dropout(dropout_p, seed, device)
-    settings = (kind, m, total, choose_tile(kind, total, B, m), last_token, float(dropout_p))
+    settings = (kind, m, total, last_token, float(dropout_p))
     places = (cu_seqlens, None, *readable, None)
     sources = (start, store.token_scale, store.channel_scale)
-    rows = store.hidden
-    if rows.dtype == torch.float8_e4m3fn:
-        rows = rows.view(torch.uint8)
+    rows = store.codes
     return run_insertion(rows, False, places, sources, seed, settings, dtype, found)

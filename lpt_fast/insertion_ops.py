@@ -14,7 +14,7 @@ _PLACES = (
     "Tensor cu_seqlens, Tensor[] weights, Tensor? insert_at, Tensor? readable_start, "
     "Tensor? readable_count, Tensor? order"
 )
-_SETTINGS = "str kind, SymInt m, SymInt T, SymInt tile, bool last, float p"
+_SETTINGS = "str kind, SymInt m, SymInt T, bool last, float p"
 _SAVED = "Tensor z, Tensor arg, Tensor left, Tensor left_arg"
 
 _library = torch.library.Library("lpt_fast", "DEF")
@@ -56,7 +56,6 @@ def _fwd(
     kind,
     m,
     T,
-    tile,
     last,
     p,
     dtype,
@@ -78,9 +77,7 @@ def _fwd(
     if hidden.stride(-1) != 1:
         hidden = hidden.contiguous()
     weights = [w.contiguous() for w in weights]
-    return insert_fwd(
-        kind, hidden, layout, weights, T=T, tile=tile, dtype=dtype, p_drop=p, seed=seed
-    )
+    return insert_fwd(kind, hidden, layout, weights, T=T, dtype=dtype, p_drop=p, seed=seed)
 
 
 def _into(
@@ -95,7 +92,6 @@ def _into(
     kind,
     m,
     T,
-    tile,
     last,
     p,
 ):
@@ -109,7 +105,6 @@ def _into(
         layout,
         weights,
         T=T,
-        tile=tile,
         dtype=buffer.dtype,
         p_drop=p,
         seed=seed,
@@ -135,7 +130,6 @@ def _bwd(
     kind,
     m,
     T,
-    tile,
     last,
     p,
     need_weights,
@@ -157,7 +151,6 @@ def _bwd(
         left,
         left_arg,
         T=T,
-        tile=tile,
         p_drop=p,
         seed=seed,
         need_weights=need_weights,
@@ -166,8 +159,10 @@ def _bwd(
     return [grad.new_empty(0) if d_hidden is None else d_hidden, *d_weights]
 
 
-def _saved_shapes(like, cu_seqlens, weights, kind, m, T, tile, dtype):
+def _saved_shapes(like, cu_seqlens, weights, kind, m, T, dtype):
     """Empty tensors as the kernels save them."""
+    from lpt_kernels.insert import TILE
+
     B = cu_seqlens.shape[0] - 1
     none = like.new_empty((0,), dtype=dtype)
     none_arg = like.new_empty((0,), dtype=torch.int32)
@@ -177,7 +172,7 @@ def _saved_shapes(like, cu_seqlens, weights, kind, m, T, tile, dtype):
     if kind == "npg":
         z = like.new_empty((B, R), dtype=dtype)
         return z, none_arg, none, none_arg.new_empty((0,))
-    tiles = (T + tile - 1) // tile
+    tiles = (T + TILE - 1) // TILE
     z = like.new_empty((B * m, R), dtype=dtype)
     if kind == "appg":
         left = like.new_empty((tiles, R), dtype=torch.float32)
@@ -192,21 +187,21 @@ def _saved_shapes(like, cu_seqlens, weights, kind, m, T, tile, dtype):
 
 @torch.library.register_fake("lpt_fast::insert_prompt_fwd", lib=_library)
 def _fwd_fake(hidden, cu_seqlens, weights, *rest):
-    kind, m, T, tile, _, _, dtype = rest[-7:]
+    kind, m, T, _, _, dtype = rest[-6:]
     B = cu_seqlens.shape[0] - 1
     out = hidden.new_empty((T + B * m, hidden.shape[1]), dtype=dtype)
-    return (out, *_saved_shapes(hidden, cu_seqlens, weights, kind, m, T, tile, dtype))
+    return (out, *_saved_shapes(hidden, cu_seqlens, weights, kind, m, T, dtype))
 
 
 @torch.library.register_fake("lpt_fast::insert_prompt_into", lib=_library)
 def _into_fake(buffer, cu_seqlens, weights, *rest):
-    kind, m, T, tile, _, _ = rest[-6:]
-    return _saved_shapes(buffer, cu_seqlens, weights, kind, m, T, tile, buffer.dtype)
+    kind, m, T, _, _ = rest[-5:]
+    return _saved_shapes(buffer, cu_seqlens, weights, kind, m, T, buffer.dtype)
 
 
 @torch.library.register_fake("lpt_fast::insert_prompt_bwd", lib=_library)
 def _bwd_fake(grad, out, cu_seqlens, weights, *rest):
-    _, _, T, _, _, _, need_weights, need_hidden = rest[-8:]
+    _, _, T, _, _, need_weights, need_hidden = rest[-7:]
     d_hidden = grad.new_empty((T, grad.shape[1]) if need_hidden else (0,))
     d_weights = [grad.new_empty(w.shape, dtype=torch.float32) for w in weights]
     return [d_hidden, *(d_weights if need_weights else [])]
@@ -290,9 +285,3 @@ def run_insertion(hidden, in_place, places, sources, seed, settings, dtype, weig
     return torch.ops.lpt_fast.insert_prompt_fwd(
         hidden, cu_seqlens, narrow, *optional, *sources, seed, *settings, dtype
     )[0]
-
-
-def choose_tile(kind, T, B, m):
-    from lpt_kernels.insert import tile_size
-
-    return tile_size(kind, T, B, m)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .layout import check
+
 
 def pooling_bins(num_tokens: Tensor, m: int) -> tuple[Tensor, Tensor]:
     """Adaptive pooling bins over n tokens: bin j covers floor(j n / m) .. ceil((j+1) n / m) (end
@@ -186,3 +188,59 @@ def insert_prompt(
     out = hidden.new_empty(T + B * m, D)
     out = out.index_copy_(0, text_rows, hidden)
     return out.index_copy_(0, prompt_rows.flatten(), prompt.to(hidden.dtype).flatten(0, 1))
+
+
+def gather_rows(
+    hidden: Tensor,
+    store_cu_seqlens: Tensor,
+    index: Tensor,
+    cu_seqlens: Tensor,
+    total: int,
+    dtype: torch.dtype,
+    token_scale: Tensor | None = None,
+    channel_scale: Tensor | None = None,
+) -> Tensor:
+    """Examples of a cache, packed: the oracle of lpt_kernels.gather.
+
+    Args:
+        hidden: [N, D], floats, int8, or fp8 e4m3 (as such or as uint8).
+        store_cu_seqlens: [E+1], where the examples of the cache are.
+        index: [B], the examples wanted.
+        cu_seqlens: int32 [B+1] of the batch, with total = cu_seqlens[B].
+        dtype: of the result.
+        token_scale, channel_scale: fp32 [N] and [D], of int8 and (the first) of fp8.
+
+    Returns:
+        [total, D].
+
+    Raises:
+        ValueError: for an index outside of the cache, or lengths that are not the cache's.
+    """
+    index = index.long()
+    examples = len(store_cu_seqlens) - 1
+    check(
+        (index >= 0) & (index < examples),
+        lambda: f"`index` must be in 0 .. {examples - 1}, got {index.tolist()[:12]}.",
+    )
+    start = store_cu_seqlens.long()[index]
+    lengths = store_cu_seqlens.long()[index + 1] - start
+    check(
+        cu_seqlens.long().diff() == lengths,
+        lambda: (
+            f"`cu_seqlens` must hold the lengths of the examples, {lengths.tolist()[:12]}, got "
+            f"{cu_seqlens.diff().tolist()[:12]}."
+        ),
+    )
+    row = torch.arange(total, device=hidden.device)
+    begin = cu_seqlens[:-1].long()
+    b = torch.searchsorted(begin, row, right=True) - 1
+    source = start[b] + row - begin[b]
+    if hidden.dtype == torch.uint8:
+        hidden = hidden.view(torch.float8_e4m3fn)
+    rows = hidden[source]
+    if token_scale is None:
+        return rows.to(dtype)
+    rows = rows.float()
+    if channel_scale is not None:
+        rows = rows * channel_scale
+    return (rows * token_scale[source, None]).to(dtype)

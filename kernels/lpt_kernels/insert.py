@@ -29,6 +29,10 @@ from .insert_fwd import (
 from .launch import best_config, launch, next_power_of_2
 
 KINDS = ("static", "npg", "appg", "mppg")
+# Text rows of a program of the pooling kernels, and so of a share of `left`. Twice as many would
+# halve how often W_d is read from the L2 cache, but [128, 128] blocks in fp32 do not fit the
+# registers (128 rows of mppg spilled 296 bytes a thread on sm_90 with 8 warps).
+TILE = 64
 
 
 @dataclass(frozen=True)
@@ -80,17 +84,6 @@ class Config:
     num_stages: int = 2
 
 
-def tile_size(kind: str, T: int, B: int, m: int) -> int:
-    """Text rows of a program of the pooling generators, and of a share in `left`.
-
-    128 halves how often W_d is read; 64 gives small batches enough programs, holds all bins of
-    short texts at once and fits the 64 KiB of shared memory of gfx942.
-    """
-    if torch.version.hip is not None or T < 128 * 132 or (kind == "appg" and 2 * B * m > T):
-        return 64
-    return 128
-
-
 def _steps(B: int) -> int:
     # In fours, so that few batch sizes need machine code of their own.
     return -(-(B.bit_length() + 1) // 4) * 4
@@ -123,7 +116,6 @@ def insert_fwd(
     weights: list[Tensor],
     *,
     T: int,
-    tile: int,
     dtype: torch.dtype,
     p_drop: float = 0.0,
     seed: Tensor | None = None,
@@ -138,7 +130,6 @@ def insert_fwd(
         weights: static: [prompt [m, D] or [B, m, D]]; else proj_down.weight, proj_down.bias,
             proj_up.weight, proj_up.bias. Rounded to `dtype` before products.
         T: text rows of the batch.
-        tile: from `tile_size`; the backward pass needs the same.
         dtype: of the output.
         p_drop: dropout probability on the prompt, with `seed` int64 [1].
         out: [T + B m, D] with the text in place already; only prompt rows are written (the
@@ -225,7 +216,7 @@ def insert_fwd(
             )
 
     else:
-        tiles = -(-T // tile)
+        tiles = -(-T // TILE)
         z = out.new_empty((B * m, R))
         left = out.new_empty((tiles, R), dtype=torch.float32 if kind == "appg" else dtype)
         if kind == "mppg":
@@ -235,7 +226,7 @@ def insert_fwd(
             extra = dict(arg_ptr=arg, left_arg_ptr=left_arg, BLOCK_P=16, LONG=8)
         else:
             # Bins that a tile of average texts touches, with room for shorter ones.
-            extra = dict(BLOCK_P=_bins_of_tile(tile, T, B, m))
+            extra = dict(BLOCK_P=_bins_of_tile(TILE, T, B, m))
         kernel = mppg_down_fwd_kernel if kind == "mppg" else appg_down_fwd_kernel
 
         def run(config):
@@ -244,7 +235,7 @@ def insert_fwd(
                 (tiles, r_blocks),
                 z_ptr=z,
                 left_ptr=left,
-                TILE=tile,
+                TILE=TILE,
                 BLOCK_D=config.BLOCK_D,
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
@@ -253,12 +244,12 @@ def insert_fwd(
             )
 
     wide = 32 if dtype == torch.float32 else 64
-    default = Config(_block_d(D, wide), 8 if tile == 128 and kind != "npg" else 4)
+    default = Config(_block_d(D, wide), 8 if kind == "mppg" else 4)
     candidates = [
         Config(_block_d(D, d), w, s) for d in (32, 64, 128) for w in (4, 8) for s in (2, 3)
     ]
-    run(best_config(("down", tile, *key), default, candidates, run, out.device))
-    _up(kind, out, z, left, b_down, w_up, b_up, layout, tile, p_drop, seed, key)
+    run(best_config(("down", *key), default, candidates, run, out.device))
+    _up(kind, out, z, left, b_down, w_up, b_up, layout, p_drop, seed, key)
     return out, z, arg, left, left_arg
 
 
@@ -267,7 +258,7 @@ def _bins_of_tile(tile: int, T: int, B: int, m: int) -> int:
     return next_power_of_2(min(bins + bins // 4, 128), 16)
 
 
-def _up(kind, out, z, left, b_down, w_up, b_up, layout, tile, p_drop, seed, key):
+def _up(kind, out, z, left, b_down, w_up, b_up, layout, p_drop, seed, key):
     """Second launch: prompt rows from z."""
     rows, R = z.shape
     D, m = out.shape[1], layout.m
@@ -297,7 +288,7 @@ def _up(kind, out, z, left, b_down, w_up, b_up, layout, tile, p_drop, seed, key)
             KIND=kind,
             DROP=p_drop > 0,
             PRECISION=_precision(out.dtype),
-            TILE=tile,
+            TILE=TILE,
             J=J,
             ONE_R=block_r >= R,
             BLOCK_P=block_p,
@@ -326,7 +317,6 @@ def insert_bwd(
     left_arg: Tensor,
     *,
     T: int,
-    tile: int,
     p_drop: float,
     seed: Tensor | None,
     need_weights: bool,
@@ -370,7 +360,7 @@ def insert_bwd(
         dz = None
     else:
         dz, d_weights = _weights_bwd(
-            kind, grad, out, layout, weights, z, arg, left, left_arg, T, tile, drops, need_weights
+            kind, grad, out, layout, weights, z, arg, left, left_arg, T, drops, need_weights
         )
     if not need_hidden:
         return None, d_weights
@@ -402,7 +392,7 @@ def insert_bwd(
         LAST=layout.last,
         PRECISION=precision,
         STEPS=_steps(B),
-        TILE=tile,
+        TILE=TILE,
         BLOCK_T=block_t,
         BLOCK_R=min(_block_r(R), 64),
         BLOCK_D=block_d,
@@ -412,9 +402,7 @@ def insert_bwd(
     return d_hidden, d_weights
 
 
-def _weights_bwd(
-    kind, grad, out, layout, weights, z, arg, left, left_arg, T, tile, drops, need_weights
-):
+def _weights_bwd(kind, grad, out, layout, weights, z, arg, left, left_arg, T, drops, need_weights):
     """dz, and when asked the gradients of the four weights, fp32."""
     _, b_down, w_up, _ = weights
     B, m, D, R = layout.B, layout.m, grad.shape[1], z.shape[1]
@@ -437,7 +425,7 @@ def _weights_bwd(
         stride_gt=grad.stride(0),
         KIND=kind,
         PRECISION=_precision(grad.dtype),
-        TILE=tile,
+        TILE=TILE,
         BLOCK_P=block_p,
         BLOCK_R=block_r,
         **drops,
@@ -530,7 +518,7 @@ def _weights_bwd(
         KIND=kind,
         PRECISION=up["PRECISION"],
         STEPS=_steps(B),
-        TILE=tile,
+        TILE=TILE,
         BLOCK_T=block_t,
         BLOCK_P=_bins_of_tile(block_t, T, B, m),
         BLOCK_R=block_r,

@@ -219,8 +219,7 @@ def _insert(width, dtype, kind):
     if kind == "static":
         weights = [meta(PROMPT, width)]
     hidden, layout = meta(TOKENS, width, dtype=dtype), insert.Layout(lengths(), PROMPT)
-    step = dict(T=TOKENS, tile=insert.tile_size(kind, TOKENS, EXAMPLES, PROMPT))
-    step |= dict(p_drop=0.1, seed=meta(1, dtype=torch.int64))
+    step = dict(T=TOKENS, p_drop=0.1, seed=meta(1, dtype=torch.int64))
     out, *kept = insert.insert_fwd(kind, hidden, layout, weights, dtype=dtype, **step)
     grad = torch.empty_like(out)
     needs = dict(need_weights=True, need_hidden=True)
