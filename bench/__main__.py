@@ -1,6 +1,8 @@
-"""python -m bench accuracy | table: what each method reaches on real tasks."""
+"""python -m bench accuracy | table | kernels | plot | report | profile | lengths."""
 
 from __future__ import annotations
+
+import importlib
 
 import typer
 
@@ -9,6 +11,33 @@ from . import accuracy
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.command(name="accuracy")(accuracy.main)
 app.command(name="table")(accuracy.table)
+
+# Programs of their own, which also run where typer is not installed (`python -m bench.kernels`);
+# they read their options themselves.
+PROGRAMS = {
+    "kernels": ("kernels", "Time the kernels beside PyTorch and torch.compile."),
+    "plot": ("plot", "Draw PNGs from a results file of `kernels`."),
+    "report": ("report", "Print a results file of `kernels` as Markdown, with the targets."),
+    "profile": ("profiling", "Where the time of an insertion goes, kernel by kernel."),
+    "lengths": ("shapes", "Print the token lengths of real texts that shapes are made of."),
+}
+
+
+def _forward(module: str):
+    def command(context: typer.Context) -> None:
+        program = importlib.import_module(f".{module}", __package__)
+        raise typer.Exit(program.main(context.args))
+
+    return command
+
+
+for _name, (_module, _help) in PROGRAMS.items():
+    app.command(
+        name=_name,
+        help=_help,
+        add_help_option=False,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )(_forward(_module))
 
 
 @app.callback()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -28,7 +29,16 @@ def _commit() -> str:
         )
         return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        # A copy of the tree without its history, as on a lent machine.
+        return os.environ.get("LPT_COMMIT", "unknown")
+
+
+def _version(name: str) -> str | None:
+    """Of a package; None where it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def describe() -> dict:
@@ -37,9 +47,10 @@ def describe() -> dict:
         device = torch.cuda.get_device_name()
     else:
         device = f"{_processor()}, {torch.get_num_threads()} thread(s)"
-    names = ("torch", "transformers", "peft")
+    names = ("torch", "triton", "transformers", "peft")
     return {
         "machine": device,
-        "versions": {name: metadata.version(name) for name in names},
+        "versions": {name: _version(name) for name in names}
+        | {"python": platform.python_version()},
         "commit": _commit(),
     }

@@ -15,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import gather_ops, kernels, registry, shapes, timing
+from bench import gate, gather_ops, kernels, registry, shapes, timing
 from bench.__main__ import app
 
 HERE = Path(__file__).parent
@@ -126,6 +126,25 @@ def test_who_is_wrong_is_not_timed(name, spoil, tmp_path, monkeypatch):
     assert eager["status"] == "ok" and "ms" in eager
     assert mine["provider"] == "mine" and mine["status"] == "wrong" and "ms" not in mine
     assert "over what is allowed" in mine["reason"] and mine["reason"] in said
+
+
+def test_bad_luck_passes_but_nan_does_not(monkeypatch):
+    """Gradients that jump are compared over several draws of the inputs."""
+    shape, cpu = shapes.shape_of(SHAPE), torch.device("cpu")
+    operator = registry.OPERATORS["insert_npg.bwd_weights"]
+    for factor, good in ((1.5, True), (float("nan"), False)):
+        calls = []
+
+        def spoil(out, factor=factor, calls=calls):
+            calls.append(1)
+            return out * (factor if len(calls) == 1 else 1)
+
+        functions = wrong(operator, spoil).functions
+        functions.pop("triton")
+        _, errors, failures = gate.check(operator, functions, shape, torch.float32, cpu)
+        assert len(calls) == gate.DRAWS and not failures
+        limits = gate.allowed(errors["eager"], torch.float32, operator.ties)
+        assert gate.passes(errors["mine"], limits) == good
 
 
 def test_who_breaks_does_not_stop_the_others(tmp_path, monkeypatch):

@@ -105,6 +105,39 @@ def _block_d(D: int, most: int) -> int:
     return next_power_of_2(min(D, most), 16)
 
 
+def _config(kernel: str, kind: str, dtype: torch.dtype, D: int) -> Config:
+    """Blocks that fit the registers of every target (python -m lpt_kernels.targets --check).
+
+    Products of fp32 numbers have no tensor cores and hold whole rows of both factors in registers,
+    so that their blocks are smaller.
+    """
+    block_d, num_warps = (_BLOCKS_FP32 if dtype == torch.float32 else _BLOCKS)[kernel, kind]
+    return Config(_block_d(D, block_d), num_warps)
+
+
+_POOLS = ("appg", "mppg")
+# (kernel, kind) -> columns of a block at most, warps.
+_BLOCKS = {
+    ("down_fwd", "npg"): (64, 4),
+    **{("down_fwd", kind): (64, 8) for kind in _POOLS},
+    **{("up_fwd", kind): (64, 4) for kind in KINDS},
+    **{("up_bwd", kind): (64, 8 if kind == "mppg" else 4) for kind in KINDS},
+    **{("up_bwd_weight", kind): (128, 8) for kind in KINDS},
+    **{("down_bwd", kind): (128, 8) for kind in _POOLS},
+    **{("hidden_bwd", kind): (64, 4) for kind in KINDS},
+}
+_BLOCKS_FP32 = _BLOCKS | {
+    ("down_fwd", "npg"): (32, 4),
+    **{("down_fwd", kind): (16, 8) for kind in _POOLS},
+    **{("up_fwd", kind): (32, 8) for kind in KINDS},
+    **{("up_bwd", kind): (32, 8) for kind in KINDS},
+    **{("up_bwd_weight", kind): (64, 8) for kind in KINDS},
+    ("down_bwd", "appg"): (32, 8),
+    ("down_bwd", "mppg"): (64, 8),
+    ("hidden_bwd", "mppg"): (64, 8),
+}
+
+
 def _store(hidden: Tensor) -> str:
     return {torch.int8: "int8", torch.uint8: "fp8"}.get(hidden.dtype, "plain")
 
@@ -163,7 +196,7 @@ def insert_fwd(
     none_arg = out.new_empty(0, dtype=torch.int32)
     if kind == "static":
         (prompt,) = weights
-        block_t = 32
+        block_t = 16
         copy_tiles = 0 if in_place else -(-T // block_t)
         launch(
             static_fwd_kernel,
@@ -243,8 +276,7 @@ def insert_fwd(
                 **down,
             )
 
-    wide = 32 if dtype == torch.float32 else 64
-    default = Config(_block_d(D, wide), 8 if kind == "mppg" else 4)
+    default = _config("down_fwd", kind, dtype, D)
     candidates = [
         Config(_block_d(D, d), w, s) for d in (32, 64, 128) for w in (4, 8) for s in (2, 3)
     ]
@@ -267,7 +299,10 @@ def _up(kind, out, z, left, b_down, w_up, b_up, layout, p_drop, seed, key):
     # A program makes about 1,024 columns of npg's prompts from its rows of z.
     J = min(m, max(1, 1024 // D)) if kind == "npg" else 1
     row_blocks = -(-rows // block_p)
-    splits = 1 if kind == "npg" else max(1, min(4, 132 // max(row_blocks, 1), D // 128))
+    # Each split of D reads z again; that may cost a twentieth of what has to be moved.
+    T = out.shape[0] - layout.B * m
+    room = (2 * T + rows) * D // max(20 * rows * R, 1)
+    splits = 1 if kind == "npg" else max(1, min(4, 132 // max(row_blocks, 1), room))
 
     def run(config):
         launch(
@@ -302,7 +337,8 @@ def _up(kind, out, z, left, b_down, w_up, b_up, layout, p_drop, seed, key):
     candidates = [
         Config(_block_d(D, d), w, s) for d in (32, 64, 128) for w in (4, 8) for s in (2, 3)
     ]
-    run(best_config(("up", *key), Config(_block_d(D, 64)), candidates, run, out.device))
+    default = _config("up_fwd", kind, out.dtype, D)
+    run(best_config(("up", *key), default, candidates, run, out.device))
 
 
 def insert_bwd(
@@ -368,10 +404,10 @@ def insert_bwd(
     R = 1 if kind == "static" else z.shape[1]
     # Small blocks: mppg holds several [BLOCK_T, BLOCK_R] at once.
     block_t = 32 if kind == "mppg" else 64
-    block_d = _block_d(D, 64)
+    config = _config("hidden_bwd", kind, grad.dtype, D)
     launch(
         hidden_bwd_kernel,
-        (-(-T // block_t), -(-D // block_d)),
+        (-(-T // block_t), -(-D // config.BLOCK_D)),
         grad_ptr=grad,
         d_x_ptr=d_hidden,
         w_down_ptr=None if kind == "static" else weights[0],
@@ -395,7 +431,8 @@ def insert_bwd(
         TILE=TILE,
         BLOCK_T=block_t,
         BLOCK_R=min(_block_r(R), 64),
-        BLOCK_D=block_d,
+        BLOCK_D=config.BLOCK_D,
+        num_warps=config.num_warps,
         **places,
         **bins,
     )
@@ -438,13 +475,15 @@ def _weights_bwd(kind, grad, out, layout, weights, z, arg, left, left_arg, T, dr
         dz = z.new_empty((splits, B, R), dtype=torch.float32)
     else:
         dz = torch.empty_like(z)
+    config = _config("up_bwd", kind, grad.dtype, D)
     launch(
         up_bwd_kernel,
         (-(-rows // block_p), r_blocks, splits),
         dz_ptr=dz,
         w_up_ptr=w_up,
         J=J,
-        BLOCK_D=_block_d(D, 64),
+        BLOCK_D=config.BLOCK_D,
+        num_warps=config.num_warps,
         **up,
     )
     if npg:
@@ -456,15 +495,16 @@ def _weights_bwd(kind, grad, out, layout, weights, z, arg, left, left_arg, T, dr
     splits = m if npg else max(1, min(8, rows // 256))
     d_w_up = z.new_empty((splits, D, R), dtype=torch.float32)
     d_b_up = z.new_empty((splits, D), dtype=torch.float32)
-    block_d = _block_d(D, 128)
+    config = _config("up_bwd_weight", kind, grad.dtype, D)
+    most = 16 if grad.dtype == torch.float32 else 32
     launch(
         up_bwd_weight_kernel,
-        (-(-D // block_d), r_blocks, splits),
+        (-(-D // config.BLOCK_D), r_blocks, splits),
         d_w_ptr=d_w_up,
         d_b_ptr=d_b_up,
-        BLOCK_D=block_d,
-        num_warps=8,
-        **(up | dict(BLOCK_P=min(block_p, 32))),
+        BLOCK_D=config.BLOCK_D,
+        num_warps=config.num_warps,
+        **(up | dict(BLOCK_P=min(block_p, most))),
     )
     if npg:
         d_w_up, d_b_up = d_w_up.view(m * D, R), d_b_up.view(m * D)
@@ -498,10 +538,11 @@ def _weights_bwd(kind, grad, out, layout, weights, z, arg, left, left_arg, T, dr
     d_w_up, d_b_up = _total(d_w_up), _total(d_b_up)
     block_t = 32 if kind == "mppg" else 64
     splits = max(1, min(8, T // 512))
+    config = _config("down_bwd", kind, grad.dtype, D)
     d_w_down = z.new_empty((splits, R, D), dtype=torch.float32)
     launch(
         down_bwd_kernel,
-        (-(-D // block_d), r_blocks, splits),
+        (-(-D // config.BLOCK_D), r_blocks, splits),
         out_ptr=out,
         d_w_ptr=d_w_down,
         dz_ptr=dz,
@@ -522,8 +563,8 @@ def _weights_bwd(kind, grad, out, layout, weights, z, arg, left, left_arg, T, dr
         BLOCK_T=block_t,
         BLOCK_P=_bins_of_tile(block_t, T, B, m),
         BLOCK_R=block_r,
-        BLOCK_D=block_d,
-        num_warps=8,
+        BLOCK_D=config.BLOCK_D,
+        num_warps=config.num_warps,
         **places,
         **bins,
     )

@@ -1,19 +1,12 @@
 """Compiles every kernel for the GPUs this package is meant for, without having one.
 
-    python -m lpt_kernels.targets [--check] [--target sm_90] [--kernel NAME] [--case TEXT]
+    python -m lpt_kernels.targets [--check] [--target sm_90] [--kernel NAME] [--case TEXT] [--once]
 
 prints registers, spilled bytes, shared memory and use of tensor cores of each kernel in its default
 configuration. `--check` exits with 1 when one fails to compile, spills, or needs more shared memory
 than the target has.
 
-What is compiled is named by `CASES`: functions that call the public wrappers on tensors of the
-device "meta" in the shapes of real models. Nothing runs; `launch.record` notes the launches. So a
-case meets the same heuristic, and a kernel the same specialisation, as in use. A new wrapper needs
-a function here:
-
-    @case("my_op", ALL)
-    def _my_op(width: int, dtype: torch.dtype):
-        my_op(meta(TOKENS, width, dtype=dtype), ...)
+What is compiled is named by `CASES` of targets_cases.py.
 """
 
 from __future__ import annotations
@@ -35,7 +28,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import torch
 import triton
@@ -43,9 +35,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from . import frozen, gather, insert
 from .common import INTERPRETED
 from .launch import Launch, record
+from .targets_cases import CASES
 
 
 @dataclass(frozen=True)
@@ -120,110 +112,6 @@ class Variant:
     def report(self, **figures) -> Report:
         x = self.launch
         return Report(x.name, self.case, self.target, x.num_warps, x.num_stages, **figures)
-
-
-# --- cases ----------------------------------------------------------------------------------------
-
-CASES: dict[str, Callable[[], object]] = {}
-
-# Shapes of the hidden states: name -> (width, dtype). Other dtypes at one width only, to save time.
-BF16 = {
-    "MiniLM bf16": (384, torch.bfloat16),
-    "RoBERTa-base bf16": (768, torch.bfloat16),
-    "RoBERTa-large bf16": (1024, torch.bfloat16),
-    "Llama bf16": (4096, torch.bfloat16),
-}
-ONE = {"RoBERTa-large bf16": BF16["RoBERTa-large bf16"]}
-FP16 = {"RoBERTa-large fp16": (1024, torch.float16)}
-FP32 = {"RoBERTa-large fp32": (1024, torch.float32)}
-ALL = BF16 | FP16 | FP32
-# Not divisible by 16, as they come in use.
-EXAMPLES, TOKENS = 33, 2049
-PROMPT, BOTTLENECK = 20, 128
-
-
-def case(name: str, shapes: Mapping[str, tuple] = ALL, **more):
-    """Adds function(*shape, **more) to CASES for each of `shapes`, named "name, shape"."""
-
-    def add(function):
-        for shape, args in shapes.items():
-            CASES[f"{name}, {shape}"] = partial(function, *args, **more)
-        return function
-
-    return add
-
-
-def meta(*size: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> torch.Tensor:
-    return torch.empty(size, dtype=dtype, device="meta", requires_grad=grad)
-
-
-def lengths() -> torch.Tensor:
-    """cu_seqlens of the batch."""
-    return meta(EXAMPLES + 1, dtype=torch.int32)
-
-
-def backward(*outputs: torch.Tensor) -> None:
-    torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
-
-
-@case("gather_rows")
-@case("gather_rows int8", ONE, stored=torch.int8)
-@case("gather_rows fp8", ONE, stored=torch.uint8)
-def _gather(width, dtype, stored=None):
-    store = gather.Store(
-        meta(10 * TOKENS, width, dtype=stored or dtype),
-        meta(10 * EXAMPLES + 1, dtype=torch.int64),
-        meta(10 * TOKENS) if stored else None,
-        meta(width) if stored == torch.int8 else None,
-    )
-    index = meta(EXAMPLES, dtype=torch.int64)
-    gather.gather_rows(store, index, PROMPT, total=TOKENS, dtype=dtype)
-
-
-@case("layer_norm after a linear layer")
-def _post_norm(width, dtype):
-    x, residual = (meta(TOKENS, width, dtype=dtype, grad=True) for _ in range(2))
-    weight, norm_bias, bias = (meta(width, dtype=dtype) for _ in range(3))
-    backward(frozen.layer_norm(x, weight, norm_bias, bias=bias, residual=residual))
-
-
-@case("layer_norm before a linear layer", ONE, norm=frozen.layer_norm)
-@case("rms_norm before a linear layer", norm=frozen.rms_norm)
-def _pre_norm(width, dtype, norm):
-    x, residual = (meta(TOKENS, width, dtype=dtype, grad=True) for _ in range(2))
-    backward(*norm(x, meta(width, dtype=dtype), residual=residual, return_sum=True))
-
-
-@case("gelu", activation="gelu")
-@case("gelu_tanh", ONE, activation="gelu_tanh")
-@case("silu", ONE, activation="silu")
-def _activate(width, dtype, activation):
-    x, bias = meta(TOKENS, 4 * width, dtype=dtype, grad=True), meta(4 * width, dtype=dtype)
-    backward(frozen.activate(x, bias, activation=activation))
-
-
-@case("gated silu")
-def _gated(width, dtype):
-    gate, up = (meta(TOKENS, 4 * width, dtype=dtype, grad=True) for _ in range(2))
-    backward(frozen.gated(gate, up))
-
-
-@case("insert static", BF16 | FP32, kind="static")
-@case("insert npg", BF16 | FP32, kind="npg")
-@case("insert appg", BF16 | FP32, kind="appg")
-@case("insert mppg", kind="mppg")  # fp16 here alone: these take longest to compile
-def _insert(width, dtype, kind):
-    """Forward and backward of a training step, weights as fp32 masters."""
-    rows, rank = PROMPT * width if kind == "npg" else width, BOTTLENECK
-    weights = [meta(rank, width), meta(rank), meta(rows, rank), meta(rows)]
-    if kind == "static":
-        weights = [meta(PROMPT, width)]
-    hidden, layout = meta(TOKENS, width, dtype=dtype), insert.Layout(lengths(), PROMPT)
-    step = dict(T=TOKENS, p_drop=0.1, seed=meta(1, dtype=torch.int64))
-    out, *kept = insert.insert_fwd(kind, hidden, layout, weights, dtype=dtype, **step)
-    grad = torch.empty_like(out)
-    needs = dict(need_weights=True, need_hidden=True)
-    insert.insert_bwd(kind, grad, out, layout, weights, *kept, **step, **needs)
 
 
 def kernels() -> dict[str, JITFunction]:
@@ -364,14 +252,18 @@ def survey(
     targets: Iterable[str] = TARGETS,
     kernel: str | None = None,
     jobs: int | None = None,
+    once: bool = False,
 ) -> tuple[list[Report], list[str]]:
     """Compiles what the cases launch. Returns the reports and one line for each failing case.
 
     kernel: only kernels whose name contains it. jobs: processes, as many as cores by default.
+    once: the first case of each kernel alone.
     """
     work, failures = [], []
     for target in targets:
         variants, failed = collect(cases, target)
+        if once:
+            variants = list({v.launch.name: v for v in reversed(variants)}.values())
         work += [v for v in variants if kernel is None or kernel in v.launch.name]
         failures += failed
     jobs = min(jobs or os.cpu_count() or 1, len(work))
@@ -438,6 +330,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this one")
     parser.add_argument("--kernel", metavar="NAME", help="only kernels whose name contains it")
     parser.add_argument("--case", metavar="TEXT", help="only cases whose name contains it")
+    parser.add_argument("--once", action="store_true", help="the first case of each kernel alone")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file too")
     parser.add_argument("--jobs", type=int, help="processes that compile (default: all cores)")
     options = parser.parse_args(argv)
@@ -449,7 +342,11 @@ def main(argv: list[str] | None = None) -> int:
     started = time.perf_counter()
     cases = {name: f for name, f in CASES.items() if (options.case or "") in name}
     reports, failures = survey(
-        cases, options.target or TARGETS, kernel=options.kernel, jobs=options.jobs
+        cases,
+        options.target or TARGETS,
+        kernel=options.kernel,
+        jobs=options.jobs,
+        once=options.once,
     )
     print(table(reports))
     seconds = time.perf_counter() - started
