@@ -311,7 +311,7 @@ def gather_insert_prompt(
         dtype = store.hidden.dtype if store.kind == "plain" else torch.bfloat16
     B = check_lengths(cu_seqlens, total, device, validate)
     found = check_weights(kind, weights, store.hidden.shape[1], m, device, B)
-    impl = choose_impl(impl, store.hidden)
+    impl = choose_impl(impl, store.codes)
     if impl == "reference":
         packed = reference.gather_rows(
             store.hidden,

@@ -9,6 +9,7 @@ sees through it.
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 _PLACES = (
     "Tensor cu_seqlens, Tensor[] weights, Tensor? insert_at, Tensor? readable_start, "
@@ -216,14 +217,21 @@ for _key in ("CPU", "CUDA"):
 # -- autograd --------------------------------------------------------------------------------------
 
 
+def _narrow(kind, weights, dtype):
+    """Weights rounded to the dtype of the products, except matrices that are read only once: those
+    are rounded on the way (npg's W_u is large).
+    """
+    once = kind in ("npg", "static")
+    return [w if once and w.dim() >= 2 else w.to(dtype) for w in weights]
+
+
 class _Insert(torch.autograd.Function):
     """Forward and backward of the operator; `places` and `settings` are its arguments in order."""
 
     @staticmethod
     def forward(ctx, hidden, in_place, places, sources, seed, settings, dtype, *weights):
         kind, T = settings[0], settings[2]
-        # Read once by npg, so rounded on the way; the others read them for every tile.
-        narrow = [w if kind in ("npg", "static") else w.to(dtype) for w in weights]
+        narrow = _narrow(kind, weights, dtype)
         cu_seqlens, *optional = places
         if in_place:
             saved = torch.ops.lpt_fast.insert_prompt_into(
@@ -244,6 +252,7 @@ class _Insert(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         out, cu_seqlens, *more = ctx.saved_tensors
         optional, saved, seed, weights = more[:4], more[4:8], more[8], more[9:]
@@ -281,7 +290,7 @@ def run_insertion(hidden, in_place, places, sources, seed, settings, dtype, weig
     if needs or in_place:
         return _Insert.apply(hidden, in_place, places, sources, seed, settings, dtype, *weights)
     cu_seqlens, *optional = places
-    narrow = [w if settings[0] in ("npg", "static") else w.to(dtype) for w in weights]
+    narrow = _narrow(settings[0], weights, dtype)
     return torch.ops.lpt_fast.insert_prompt_fwd(
         hidden, cu_seqlens, narrow, *optional, *sources, seed, *settings, dtype
     )[0]

@@ -47,9 +47,10 @@ class PromptLayout:
         if mask is None:
             return cls(m, None)
         starts = mask.int().argmax(dim=1)
-        # Looking costs nothing on the CPU; on a GPU it would stall the stream, and the general way
-        # is right anyway.
-        if not mask.is_cuda and not starts.any():
+        # Looking costs nothing on the CPU; on a GPU it would stall the stream, and a graph cannot
+        # look. The general way is right anyway.
+        looks = not mask.is_cuda and not torch.compiler.is_compiling()
+        if looks and not starts.any():
             return cls(m, None)
         return cls(m, starts)
 

@@ -121,19 +121,20 @@ _BLOCKS = {
     ("down_fwd", "npg"): (64, 4),
     **{("down_fwd", kind): (64, 8) for kind in _POOLS},
     **{("up_fwd", kind): (64, 4) for kind in KINDS},
-    **{("up_bwd", kind): (64, 8 if kind == "mppg" else 4) for kind in KINDS},
+    **{("up_bwd", kind): (32, 8) for kind in KINDS},
     **{("up_bwd_weight", kind): (128, 8) for kind in KINDS},
-    **{("down_bwd", kind): (128, 8) for kind in _POOLS},
-    **{("hidden_bwd", kind): (64, 4) for kind in KINDS},
+    ("down_bwd", "appg"): (64, 8),
+    ("down_bwd", "mppg"): (128, 8),
+    **{("hidden_bwd", kind): (64, 8 if kind == "appg" else 4) for kind in KINDS},
 }
 _BLOCKS_FP32 = _BLOCKS | {
     ("down_fwd", "npg"): (32, 4),
     **{("down_fwd", kind): (16, 8) for kind in _POOLS},
     **{("up_fwd", kind): (32, 8) for kind in KINDS},
-    **{("up_bwd", kind): (32, 8) for kind in KINDS},
     **{("up_bwd_weight", kind): (64, 8) for kind in KINDS},
     ("down_bwd", "appg"): (32, 8),
     ("down_bwd", "mppg"): (64, 8),
+    ("hidden_bwd", "appg"): (64, 4),
     ("hidden_bwd", "mppg"): (64, 8),
 }
 
@@ -211,7 +212,7 @@ def insert_fwd(
             BLOCK_D=_block_d(D, 256),
             **common,
         )
-        return out, none, none_arg, none, none_arg
+        return out, none, none_arg, none.clone(), none_arg.clone()
 
     w_down, b_down, w_up, b_up = weights
     R = w_down.shape[0]
@@ -225,7 +226,7 @@ def insert_fwd(
         BLOCK_R=block_r,
         **layout.arguments(*_BINS),
     )
-    arg, left, left_arg = none_arg, none, none_arg
+    arg, left, left_arg = none_arg, none, none_arg.clone()
     r_blocks = -(-R // block_r)
     key = (kind, dtype, D, block_r, in_place, T.bit_length(), B.bit_length())
     if kind == "npg":
@@ -251,10 +252,11 @@ def insert_fwd(
     else:
         tiles = -(-T // TILE)
         z = out.new_empty((B * m, R))
-        left = out.new_empty((tiles, R), dtype=torch.float32 if kind == "appg" else dtype)
+        # Zeros, for a tile in which no bin goes on leaves its share alone.
+        left = out.new_zeros((tiles, R), dtype=torch.float32 if kind == "appg" else dtype)
         if kind == "mppg":
             arg = none_arg.new_empty((B * m, R))
-            left_arg = none_arg.new_empty((tiles, R))
+            left_arg = none_arg.new_zeros((tiles, R))
             # Prompt rows whose maxima are looked for together.
             extra = dict(arg_ptr=arg, left_arg_ptr=left_arg, BLOCK_P=16, LONG=8)
         else:
@@ -496,7 +498,6 @@ def _weights_bwd(kind, grad, out, layout, weights, z, arg, left, left_arg, T, dr
     d_w_up = z.new_empty((splits, D, R), dtype=torch.float32)
     d_b_up = z.new_empty((splits, D), dtype=torch.float32)
     config = _config("up_bwd_weight", kind, grad.dtype, D)
-    most = 16 if grad.dtype == torch.float32 else 32
     launch(
         up_bwd_weight_kernel,
         (-(-D // config.BLOCK_D), r_blocks, splits),
@@ -504,7 +505,7 @@ def _weights_bwd(kind, grad, out, layout, weights, z, arg, left, left_arg, T, dr
         d_b_ptr=d_b_up,
         BLOCK_D=config.BLOCK_D,
         num_warps=config.num_warps,
-        **(up | dict(BLOCK_P=min(block_p, most))),
+        **(up | dict(BLOCK_P=min(block_p, 16))),
     )
     if npg:
         d_w_up, d_b_up = d_w_up.view(m * D, R), d_b_up.view(m * D)
@@ -539,6 +540,9 @@ def _weights_bwd(kind, grad, out, layout, weights, z, arg, left, left_arg, T, dr
     block_t = 32 if kind == "mppg" else 64
     splits = max(1, min(8, T // 512))
     config = _config("down_bwd", kind, grad.dtype, D)
+    if kind == "mppg":
+        block_r = min(block_r, 64)
+        r_blocks = -(-R // block_r)
     d_w_down = z.new_empty((splits, R, D), dtype=torch.float32)
     launch(
         down_bwd_kernel,

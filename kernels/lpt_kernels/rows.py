@@ -149,6 +149,7 @@ def bottleneck(
                 z += tl.load(left_ptr + at, mask=more, other=0.0)
             else:
                 share = tl.load(left_ptr + at, mask=more, other=float("-inf"))
+                share = share.to(tl.float32)
                 z = tl.where((share > z) | (share != share), share, z)
     bias = tl.load(b_down_ptr + c, mask=c < R, other=0.0).to(tl.float32)
     return tl.where(inside, z + bias[None, :], 0.0)

@@ -32,16 +32,12 @@ from lpt_fast import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-# lengths, m, D, r
-SMALL = [
+# Of these each kind takes one dtype, for the interpreter is slow.
+CASES = [  # lengths, m, D, r
     ([1], 1, 24, 16),
     ([37], 20, 40, 16),
-    ([1, 4, 5, 6], 5, 33, 7),
     ([19, 20, 21, 1, 2], 20, 48, 24),
     ([1] * 35, 5, 24, 16),
-]
-# Of these each kind takes one dtype, so that the interpreter has done before lunch.
-LARGE = [
     ([63, 1, 1000], 5, 24, 16),
     ([70, 3], 5, 40, 130),
     ([5, 2], 1, 40, 300),
@@ -57,19 +53,20 @@ def ids(case):
     return f"n{'_'.join(map(str, lengths[:4]))}-m{m}-D{D}-r{r}"
 
 
-@pytest.mark.parametrize("case", SMALL, ids=ids)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_rule(kind, dtype, case, device):
-    lengths, m, D, r = case
+def test_rule(kind, dtype, device):
+    lengths, m, D, r = [1, 4, 5, 6], 5, 33, 7
     check(kind, lengths, m, *inputs(kind, lengths, m, D, r, dtype, device))
 
 
-@pytest.mark.parametrize("case", LARGE, ids=ids)
+@pytest.mark.parametrize("case", CASES, ids=ids)
 @pytest.mark.parametrize("kind", KINDS)
-def test_rule_at_large_sizes(kind, case, device):
-    dtype = DTYPES[(LARGE.index(case) + KINDS.index(kind)) % 3]
+def test_rule_at_many_sizes(kind, case, device):
+    dtype = DTYPES[(CASES.index(case) + KINDS.index(kind)) % 3]
     lengths, m, D, r = case
+    if (D == 1024 and kind in ("static", "mppg")) or (D == 4096 and kind in ("npg", "appg")):
+        pytest.skip("the other two have it")
     check(kind, lengths, m, *inputs(kind, lengths, m, D, r, dtype, device))
 
 
@@ -97,9 +94,9 @@ def test_static_with_a_prompt_for_each_example(dtype, device):
     assert torch.equal(got["out"][rows], prompt)
 
 
-@pytest.mark.parametrize("m", [1, 5, 20])
 @pytest.mark.parametrize("kind", KINDS)
-def test_empty_batch(kind, m, device):
+def test_empty_batch(kind, device):
+    m = 5
     hidden, weights = inputs(kind, [], m, 24, 16, F32, device)
     got = check(kind, [], m, hidden, weights)
     assert got["out"].shape == (0, 24)
@@ -110,7 +107,7 @@ def test_empty_batch(kind, m, device):
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_gradient_alone(kind, device):
     """Is there, and the same to the bit as together with the others; the others are not."""
-    lengths, m = [3, 70, 1], 5
+    lengths, m = [3, 20, 1], 5
     hidden, weights = inputs(kind, lengths, m, 24, 16, F32, device)
     upstream = normal(len(hidden) + 3 * m, 24, device=device, seed=9)
     args = (lengths_to_cu(lengths, device), kind, m)
@@ -123,32 +120,26 @@ def test_each_gradient_alone(kind, device):
         assert torch.equal(kernels(hidden, args[0], kind, weights, m), every["out"])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_runs_are_equal_to_the_bit(kind, dtype, device):
-    lengths, m = [3, 70, 1, 130], 5
+def test_two_runs_are_equal_to_the_bit(kind, device):
+    lengths, m, dtype = [3, 70, 1, 9], 5, BF16
     hidden, weights = inputs(kind, lengths, m, 40, 24, dtype, device)
     upstream = normal(len(hidden) + 4 * m, 40, dtype=dtype, device=device, seed=9)
     args = (lengths_to_cu(lengths, device), kind, m)
-    first, second = (
-        results(kernels, hidden, weights, *args, upstream=upstream) for _ in range(2)
-    )
+    first, second = (results(kernels, hidden, weights, *args, upstream=upstream) for _ in range(2))
     assert_equal(first, second)
 
 
 # --- contexts -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, last", [*((kind, False) for kind in KINDS), ("npg", True)])
 def test_context(kind, last, device):
     """Prompts are made from a range of rows alone: what is outside may be NaN."""
-    lengths, m, D = [9, 4, 130, 1], 5, 24
-    context = torch.tensor([(0, 5), (2, 3), (7, 100), (0, 1)], device=device)
+    lengths, m, D = [9, 4, 70, 1], 5, 24
+    context = torch.tensor([(0, 5), (2, 3), (7, 60), (0, 1)], device=device)
     hidden, weights = inputs(kind, lengths, m, D, 16, F32, device)
     clean = check(kind, lengths, m, hidden, weights, context=context, last_token=last)
-    if last and kind != "npg":
-        return
     outside = torch.ones(len(hidden), dtype=torch.bool, device=device)
     cu = lengths_to_cu(lengths, device)
     for start, (low, high) in zip(cu.tolist(), context.tolist(), strict=False):
@@ -212,7 +203,7 @@ def test_all_negative_rows(kind, dtype, device):
     weights["proj_down.weight"] = weights["proj_down.weight"].abs()
     weights["proj_down.bias"] = torch.full_like(weights["proj_down.bias"], 32.5)
     down = hidden.double() @ weights["proj_down.weight"].double().T
-    assert down.max() <= 0 and (down + 32.5).min() > 0 or kind == "mppg"
+    assert (down.max() <= 0 and (down + 32.5).min() > 0) or kind == "mppg"
     got = check(kind, lengths, m, hidden, weights)
     assert got["d proj_down.weight"].abs().max() > 0
 
@@ -233,11 +224,8 @@ def test_huge_values(kind, dtype, device):
 def test_a_nan_makes_the_prompts_of_its_example_nan(kind, dtype, device):
     lengths, m = [4, 70, 5], 2
     hidden, weights = inputs(kind, lengths, m, 24, 16, dtype, device)
-    out = {}
-    # The row that npg reads; one that both bins of the first example hold would be no better.
-    for at in (4, 4 + 66):
-        if kind == "npg" and at != 4:
-            continue
+    # The row that npg reads; for the others also one in a later tile than its bin begins in.
+    for at in (4,) if kind == "npg" else (4, 70):
         dirty = hidden.clone()
         dirty[at, 3] = float("nan")
         out = kernels(dirty, lengths_to_cu(lengths, device), kind, weights, m)
@@ -281,7 +269,6 @@ def test_tensors_that_are_not_contiguous(kind, device):
     wide = normal(18, 50, dtype=dtype, device=device)
     views = (
         wide[:9, 3 : 3 + D],
-        wide[::2, :D],
         wide[:9, ::2][:, :D],
         normal(D, 9, dtype=dtype, device=device).t(),
         wide[:1, :D].expand(9, D),
@@ -290,7 +277,6 @@ def test_tensors_that_are_not_contiguous(kind, device):
         normal(13, 30, dtype=dtype, device=device, seed=2)[:, 3 : 3 + D],
         normal(D, 13, dtype=dtype, device=device, seed=3).t(),
         normal(1, 1, dtype=dtype, device=device, seed=4).expand(13, D),
-        normal(1, D, dtype=dtype, device=device, seed=5).expand(13, D),
         normal(13, 2 * D, dtype=dtype, device=device, seed=6)[:, ::2],
     )
     args = (lengths_to_cu(lengths, device), kind, m)

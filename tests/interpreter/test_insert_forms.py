@@ -1,4 +1,4 @@
-"""The other forms of prompt insertion (in place, padded, from a cache), dropout and wide weights."""
+"""Prompt insertion in place, padded and from a cache; dropout; weights of another dtype."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def filled(rows, lengths, m):
     return buffer
 
 
-@pytest.mark.parametrize("case", [([1], 1), ([3, 70, 1], 5), ([2, 130], 20), ([], 3)], ids=str)
+@pytest.mark.parametrize("case", [([1], 1), ([3, 70, 1], 5), ([2, 66], 20), ([], 3)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_place_equals_the_packed_form(kind, case, device):
     """To the bit: output and the gradients of the weights."""
@@ -133,7 +133,7 @@ def padded_by(impl, **kwargs):
 def test_padded(kind, name, device):
     """Under the rule against the reference; padding rows are copied whatever they hold."""
     turn = KINDS.index(kind) + list(MASKS).index(name)
-    m, D, S, dtype = (2, 5, 1)[turn % 3], 33, 21, DTYPES[turn % 3]
+    m, D, S, dtype = (2, 5, 1)[turn % 3], 33, 14, DTYPES[turn % 3]
     hidden, weights = inputs(kind, [S] * 3, m, D, 16, dtype, device)
     hidden = hidden.view(3, S, D)
     attention, context = masks_of(name, S, device)
@@ -182,11 +182,13 @@ def test_padded_equals_packed(kind, device):
 # --- from a cache ---------------------------------------------------------------------------------
 
 STORES = ["bf16", "fp16", "fp32", "int8", "fp8"]
-LENGTHS, INDEX = [3, 70, 1, 17, 5], [4, 1, 1, 0, 2]
+LENGTHS, INDEX = [3, 33, 1, 17, 5], [4, 1, 1, 0, 2]
 
 
-@pytest.mark.parametrize("store_kind", STORES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind, store_kind",
+    [(k, s) for i, k in enumerate(KINDS) for j, s in enumerate(STORES) if j > 2 or (i + j) % 2],
+)
 def test_gather_insert_prompt_equals_gather_and_insert(kind, store_kind, device):
     """To the bit, by the kernels and by the reference; output and gradients of the weights."""
     D, m = 40, 5
@@ -229,17 +231,17 @@ def test_gather_insert_prompt_equals_gather_and_insert(kind, store_kind, device)
 def test_gather_insert_prompt_refuses_what_the_store_does_not_hold(device):
     store = make_store("bf16", 24, device, LENGTHS)
     weights = make_weights("npg", 24, 16, 2, BF16, 0, device)
-    cu = lengths_to_cu([3, 70], device)
+    cu = lengths_to_cu([3, 33], device)
     if device.type == "cpu":
         for impl in ("triton", "reference"):
-            for index, want in (([0, 9], "index.*9"), ([0, 3], "cu_seqlens.*70")):
+            for index, want in (([0, 9], "index.*9"), ([0, 3], r"cu_seqlens.*3[36]\]")):
                 index = torch.tensor(index)
                 with pytest.raises(ValueError, match=want):
-                    gather_insert_prompt(store, index, cu, 73, "npg", weights, 2, impl=impl)
-    with pytest.raises(ValueError, match=r"proj_down.weight.*\[16, 24\]|\[any, 24\]|, 24\]"):
+                    gather_insert_prompt(store, index, cu, 36, "npg", weights, 2, impl=impl)
+    with pytest.raises(ValueError, match=r"`proj_down.weight` must .*24\], got \[16, 20\]"):
         narrow = make_weights("npg", 20, 16, 2, BF16, 0, device)
         gather_insert_prompt(
-            store, torch.tensor([0, 1], device=device), cu, 73, "npg", narrow, 2, impl="triton"
+            store, torch.tensor([0, 1], device=device), cu, 36, "npg", narrow, 2, impl="triton"
         )
 
 
@@ -249,7 +251,7 @@ def test_gather_insert_prompt_refuses_what_the_store_does_not_hold(device):
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_dropout_keeps_a_fraction_and_scales_it(p, device):
     """Of a prompt of ones for each example, whose gradient is the same mask, made again."""
-    lengths, m, D = [1, 70, 3], 20, 200
+    lengths, m, D = [1, 70, 3], 10, 120
     hidden, prompt = normal(74, D, device=device), torch.ones(3, m, D, device=device)
     upstream = torch.ones(74 + 3 * m, D, device=device)
     cu, seed = lengths_to_cu(lengths, device), torch.tensor([7], device=device)
@@ -293,9 +295,7 @@ def test_dropout_under_the_rule(kind, device):
     mask = got["out"][packed_rows(lengths, m, device)[1]] != 0
     assert 0.4 < mask.double().mean() < 0.8
     plain = {"dropout_p": p, "dropout_mask": mask}
-    same = results(
-        reference.insert_prompt, hidden, weights, *args, upstream=upstream, **plain
-    )
+    same = results(reference.insert_prompt, hidden, weights, *args, upstream=upstream, **plain)
     wide = {name: w.double() for name, w in weights.items()}
     oracle = results(
         reference.insert_prompt,

@@ -161,7 +161,7 @@ def backward(kind, shape):
     )
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[::3], ids=str)
 def test_backward_of_npg(shape):
     """Everything it touches, the weights and their fp32 gradients included, under 1.2 times what it
     must. (The prompt rows of the gradient are read twice: once for dW_u, once for dz.)
@@ -174,7 +174,7 @@ def test_backward_of_npg(shape):
     assert traffic.loads["out"] == B * D * 2
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[::3], ids=str)
 def test_backward_of_appg(shape):
     """Reads each text row once and the prompt rows of the gradient twice, no other row of it.
 
