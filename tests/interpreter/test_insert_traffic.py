@@ -48,6 +48,12 @@ def batch(D, r, m, average, B, kind, dtype=torch.bfloat16):
     return hidden, layout, weights
 
 
+def say(which, kind, shape, **ratios):
+    """The figures, for `pytest -s`: touched bytes over compulsory bytes."""
+    text = ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items())
+    print(f"\n{which:8} {kind:6} D, r, m, length, B = {shape}: {text}", end="")
+
+
 def size(*tensors):
     return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -73,7 +79,10 @@ def test_forward(kind, shape):
     names = name_all(traffic, hidden, out, saved, weights, layout)
     z, arg = saved[:2]
     touched = traffic.touched(["hidden", "out", *names])
-    assert touched <= EXCEPTIONS.get((kind, *shape[:-1]), 1.10) * size(hidden, out, z, arg)
+    compulsory = size(hidden, out, z, arg)
+    weight_bytes = sum(traffic.loads[w] for w, _ in zip(WEIGHTS, weights, strict=False))
+    say("forward", kind, shape, activations=touched / compulsory, weights=weight_bytes / compulsory)
+    assert touched <= EXCEPTIONS.get((kind, *shape[:-1]), 1.10) * compulsory
     assert traffic.unnamed() == {}
     assert traffic.stores["out"] == size(out) and traffic.loads["out"] == 0
     if kind == "static":
@@ -167,8 +176,9 @@ def test_backward_of_npg(shape):
     must. (The prompt rows of the gradient are read twice: once for dW_u, once for dz.)
     """
     traffic, _, compulsory = backward("npg", shape)
-    names = ["grad", "out", "z", "w_up", "b_down", "other"]
-    assert traffic.touched(names) < 1.2 * compulsory
+    touched = traffic.touched(["grad", "out", "z", "w_up", "b_down", "other"])
+    say("backward", "npg", shape, everything=touched / compulsory)
+    assert touched < 1.2 * compulsory
     B, m, D = shape[4], shape[2], shape[0]
     assert traffic.loads["grad"] == 2 * B * m * D * 2  # no text row of it
     assert traffic.loads["out"] == B * D * 2
@@ -184,7 +194,9 @@ def test_backward_of_appg(shape):
     D, _, m, _, B = shape
     assert traffic.loads["grad"] == 2 * B * m * D * 2
     assert reads_of_text(traffic, shape) <= 1.35
-    assert traffic.touched(["grad", "out", "z"]) < 2 * activations
+    touched = traffic.touched(["grad", "out", "z"])
+    say("backward", "appg", shape, activations=touched / activations)
+    assert touched < 2 * activations
 
 
 def reads_of_text(traffic, shape):
