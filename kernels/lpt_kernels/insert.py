@@ -130,12 +130,12 @@ _BLOCKS = {
 _BLOCKS_FP32 = _BLOCKS | {
     ("down_fwd", "npg"): (32, 4),
     **{("down_fwd", kind): (16, 8) for kind in _POOLS},
-    **{("up_fwd", kind): (32, 8) for kind in KINDS},
+    **{("up_fwd", kind): (16, 8) for kind in KINDS},
+    **{("up_bwd", kind): (16, 8) for kind in KINDS},
     **{("up_bwd_weight", kind): (64, 8) for kind in KINDS},
     ("down_bwd", "appg"): (32, 8),
     ("down_bwd", "mppg"): (64, 8),
-    ("hidden_bwd", "appg"): (64, 4),
-    ("hidden_bwd", "mppg"): (64, 8),
+    **{("hidden_bwd", kind): (32, 8) for kind in KINDS},
 }
 
 
