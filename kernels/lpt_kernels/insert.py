@@ -405,7 +405,7 @@ def insert_bwd(
     d_hidden = grad.new_empty((T, D))
     R = 1 if kind == "static" else z.shape[1]
     # Small blocks: mppg holds several [BLOCK_T, BLOCK_R] at once.
-    block_t = 32 if kind == "mppg" else 64
+    block_t = 32 if kind in ("npg", "mppg") else 64
     config = _config("hidden_bwd", kind, grad.dtype, D)
     launch(
         hidden_bwd_kernel,
