@@ -184,11 +184,16 @@ def test_backward_of_npg(shape):
     assert traffic.loads["out"] == B * D * 2
 
 
-@pytest.mark.parametrize("shape", SHAPES[::3], ids=str)
-def test_backward_of_appg(shape):
+@pytest.mark.parametrize(
+    ("shape", "limit"),
+    [(SHAPES[0], 2.0), (SHAPES[3], 1.5), ((1024, 128, 5, 64, 4), 1.2)],
+    ids=str,
+)
+def test_backward_of_appg(shape, limit):
     """Reads each text row once and the prompt rows of the gradient twice, no other row of it.
 
-    That is more than 1.2 times the compulsory bytes where texts are short: see bench/results.
+    Under 1.2 times the compulsory bytes only where texts are long beside the prompt: see
+    bench/results.
     """
     traffic, activations, _ = backward("appg", shape)
     D, _, m, _, B = shape
@@ -196,7 +201,7 @@ def test_backward_of_appg(shape):
     assert reads_of_text(traffic, shape) <= 1.35
     touched = traffic.touched(["grad", "out", "z"])
     say("backward", "appg", shape, activations=touched / activations)
-    assert touched < 2 * activations
+    assert touched < limit * activations
 
 
 def reads_of_text(traffic, shape):
