@@ -233,8 +233,7 @@ def insert_prompt_padded(
         rows = (rows if order is None else rows.index_select(0, order)).to(dtype)
         prompt = reference.make_prompts(rows, start, count, kind, weights, m, last_token=last_token)
         keep = _draw_mask(dropout_p, seed, (B, m, D), device)
-        if keep is not None:
-            prompt = torch.where(keep, prompt / (1 - dropout_p), 0)
+        prompt = reference.drop(prompt, keep, dropout_p)
         return layout.insert(prompt.to(hidden.dtype), hidden), mask
     seed = check_dropout(dropout_p, seed, device)
     cu_seqlens = torch.arange(0, (B + 1) * S, S, dtype=torch.int32, device=device)

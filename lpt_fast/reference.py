@@ -130,6 +130,11 @@ def make_prompts(
     return F.linear(F.relu(z), w_up, b_up).view(B, m, D)
 
 
+def drop(prompt: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    """Dropout with a given mask (True: kept and scaled by 1 / (1 - p)); None: no dropout."""
+    return prompt if mask is None else torch.where(mask, prompt / (1 - p), 0)
+
+
 WEIGHTS = {
     "static": ("prompt_embedding.weight",),
     **dict.fromkeys(
@@ -179,8 +184,7 @@ def insert_prompt(
         count = (context[:, 1] - context[:, 0]).long()
     dtype = torch.promote_types(hidden.dtype, weights[WEIGHTS[kind][0]].dtype)
     prompt = make_prompts(hidden.to(dtype), first, count, kind, weights, m, last_token=last_token)
-    if dropout_mask is not None:
-        prompt = torch.where(dropout_mask, prompt / (1 - dropout_p), 0)
+    prompt = drop(prompt, dropout_mask, dropout_p)
     b = torch.arange(B, device=hidden.device)
     prompt_rows = (start + b * m)[:, None] + torch.arange(m, device=hidden.device)
     row = torch.arange(T, device=hidden.device)

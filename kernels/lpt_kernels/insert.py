@@ -115,6 +115,11 @@ def _config(kernel: str, kind: str, dtype: torch.dtype, D: int) -> Config:
     return Config(_block_d(D, block_d), num_warps)
 
 
+def _candidates(D: int) -> list[Config]:
+    """What LPT_AUTOTUNE=1 tries beside the default."""
+    return [Config(_block_d(D, d), w, s) for d in (32, 64, 128) for w in (4, 8) for s in (2, 3)]
+
+
 _POOLS = ("appg", "mppg")
 # (kernel, kind) -> columns of a block at most, warps.
 _BLOCKS = {
@@ -279,10 +284,7 @@ def insert_fwd(
             )
 
     default = _config("down_fwd", kind, dtype, D)
-    candidates = [
-        Config(_block_d(D, d), w, s) for d in (32, 64, 128) for w in (4, 8) for s in (2, 3)
-    ]
-    run(best_config(("down", *key), default, candidates, run, out.device))
+    run(best_config(("down", *key), default, _candidates(D), run, out.device))
     _up(kind, out, z, left, b_down, w_up, b_up, layout, p_drop, seed, key)
     return out, z, arg, left, left_arg
 
@@ -336,11 +338,8 @@ def _up(kind, out, z, left, b_down, w_up, b_up, layout, p_drop, seed, key):
             **layout.arguments(*_PLACES, *_BINS),
         )
 
-    candidates = [
-        Config(_block_d(D, d), w, s) for d in (32, 64, 128) for w in (4, 8) for s in (2, 3)
-    ]
     default = _config("up_fwd", kind, out.dtype, D)
-    run(best_config(("up", *key), default, candidates, run, out.device))
+    run(best_config(("up", *key), default, _candidates(D), run, out.device))
 
 
 def insert_bwd(
