@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from .common import round_to
-from .frozen_norm import as_rows, ceil_div, power_of_2
-from .launch import launch
+from .frozen_norm import as_rows
+from .launch import ceil_div, launch, next_power_of_2
 
 # What model configurations call them -> ACT of the kernels.
 ACTIVATIONS = {
@@ -183,7 +183,7 @@ def gated_bwd_kernel(
 
 def act_config(D: int) -> dict[str, int]:
     """Blocks and warps: about 2,048 elements a program, several rows so that a bias serves them."""
-    BLOCK_D = min(512, power_of_2(D))
+    BLOCK_D = min(512, next_power_of_2(D))
     BLOCK_T = min(64, 2048 // BLOCK_D)
     return {
         "BLOCK_T": BLOCK_T,

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from .common import round_to
-from .launch import launch
+from .launch import ceil_div, launch, next_power_of_2
 
 # A program holds whole rows in registers; longer rows would spill.
 MAX_D = 16384
@@ -153,24 +153,12 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-# Plain Python, for torch.compile cannot look into triton.cdiv and triton.next_power_of_2.
-
-
-def ceil_div(n: int, block: int) -> int:
-    return -(-n // block)
-
-
-def power_of_2(n: int) -> int:
-    """The smallest that is at least n."""
-    return 1 << (n - 1).bit_length()
-
-
 def norm_config(D: int) -> dict[str, int]:
     """Blocks and warps: whole rows, about 2,048 elements a program, 16 (at D > 8,192: 32) a thread.
 
     16 warps is the most that gfx942 allows (1,024 threads of 64 lanes).
     """
-    BLOCK_D = power_of_2(D)
+    BLOCK_D = next_power_of_2(D)
     BLOCK_T = max(1, min(64, 2048 // BLOCK_D))
     num_warps = max(1, min(16, BLOCK_T * BLOCK_D // 512))
     return {"BLOCK_T": BLOCK_T, "BLOCK_D": BLOCK_D, "num_warps": num_warps}

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import INTERPRETED, example_of, load_rows
-from .launch import best_config, launch, next_power_of_2
+from .launch import best_config, ceil_div, launch, next_power_of_2
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 INTS = (torch.int32, torch.int64)
@@ -200,7 +200,7 @@ def gather_rows(
         raise _error(_kind_of("out", out), wanted, "slice it to that many")
 
     def run(config: GatherConfig) -> None:
-        tiles = triton.cdiv(total, config.BLOCK_T) * triton.cdiv(d, config.BLOCK_D)
+        tiles = ceil_div(total, config.BLOCK_T) * ceil_div(d, config.BLOCK_D)
         launch(
             gather_rows_fwd_kernel,
             (tiles,),
@@ -258,7 +258,7 @@ def _look_up(
         E=e,
         B=b,
         total=-1 if total is None else total,
-        BLOCKS=triton.cdiv(b, BLOCK_B),
+        BLOCKS=ceil_div(b, BLOCK_B),
         BLOCK_B=BLOCK_B,
     )
     if device.type == "meta":

@@ -26,7 +26,7 @@ from .insert_fwd import (
     static_fwd_kernel,
     up_fwd_kernel,
 )
-from .launch import best_config, launch, next_power_of_2
+from .launch import best_config, ceil_div, launch, next_power_of_2
 
 KINDS = ("static", "npg", "appg", "mppg")
 # Text rows of a program of the pooling kernels, and so of a share of `left`. Twice as many would
@@ -86,7 +86,7 @@ class Config:
 
 def _steps(B: int) -> int:
     # In fours, so that few batch sizes need machine code of their own.
-    return -(-(B.bit_length() + 1) // 4) * 4
+    return ceil_div(B.bit_length() + 1, 4) * 4
 
 
 def _block_r(R: int) -> int:
@@ -203,10 +203,10 @@ def insert_fwd(
     if kind == "static":
         (prompt,) = weights
         block_t = 16
-        copy_tiles = 0 if in_place else -(-T // block_t)
+        copy_tiles = 0 if in_place else ceil_div(T, block_t)
         launch(
             static_fwd_kernel,
-            (copy_tiles + -(-B * m // block_t),),
+            (copy_tiles + ceil_div(B * m, block_t),),
             prompt_ptr=prompt,
             seed_ptr=seed if drop else None,
             p_drop=p_drop,
@@ -232,12 +232,12 @@ def insert_fwd(
         **layout.arguments(*_BINS),
     )
     arg, left, left_arg = none_arg, none, none_arg.clone()
-    r_blocks = -(-R // block_r)
+    r_blocks = ceil_div(R, block_r)
     key = (kind, dtype, D, block_r, in_place, T.bit_length(), B.bit_length())
     if kind == "npg":
         z = out.new_empty((B, R))
-        down_tiles = -(-B // 16) * r_blocks
-        grid = (down_tiles + (0 if in_place else -(-T // 32)),)
+        down_tiles = ceil_div(B, 16) * r_blocks
+        grid = (down_tiles + (0 if in_place else ceil_div(T, 32)),)
 
         def run(config):
             launch(
@@ -255,7 +255,7 @@ def insert_fwd(
             )
 
     else:
-        tiles = -(-T // TILE)
+        tiles = ceil_div(T, TILE)
         z = out.new_empty((B * m, R))
         # Zeros, for a tile in which no bin goes on leaves its share alone.
         left = out.new_zeros((tiles, R), dtype=torch.float32 if kind == "appg" else dtype)
@@ -302,7 +302,7 @@ def _up(kind, out, z, left, b_down, w_up, b_up, layout, p_drop, seed, key):
     block_p = next_power_of_2(min(rows, 64), 16)
     # A program makes about 1,024 columns of npg's prompts from its rows of z.
     J = min(m, max(1, 1024 // D)) if kind == "npg" else 1
-    row_blocks = -(-rows // block_p)
+    row_blocks = ceil_div(rows, block_p)
     # Each split of D reads z again; that may cost a twentieth of what has to be moved.
     T = out.shape[0] - layout.B * m
     room = (2 * T + rows) * D // max(20 * rows * R, 1)
@@ -311,7 +311,7 @@ def _up(kind, out, z, left, b_down, w_up, b_up, layout, p_drop, seed, key):
     def run(config):
         launch(
             up_fwd_kernel,
-            (row_blocks, splits, -(-m // J) if kind == "npg" else 1),
+            (row_blocks, splits, ceil_div(m, J) if kind == "npg" else 1),
             out_ptr=out,
             z_ptr=z,
             left_ptr=left,
@@ -380,7 +380,7 @@ def insert_bwd(
             block_d = _block_d(D, 128)
             launch(
                 static_bwd_kernel,
-                (m, -(-D // block_d)),
+                (m, ceil_div(D, block_d)),
                 grad_ptr=grad,
                 d_prompt_ptr=d_prompt,
                 B=B,
@@ -408,7 +408,7 @@ def insert_bwd(
     config = _config("hidden_bwd", kind, grad.dtype, D)
     launch(
         hidden_bwd_kernel,
-        (-(-T // block_t), -(-D // config.BLOCK_D)),
+        (ceil_div(T, block_t), ceil_div(D, config.BLOCK_D)),
         grad_ptr=grad,
         d_x_ptr=d_hidden,
         w_down_ptr=None if kind == "static" else weights[0],
@@ -447,7 +447,7 @@ def _weights_bwd(kind, grad, out, layout, weights, z, arg, left, left_arg, T, dr
     rows = z.shape[0]
     npg = kind == "npg"
     block_r = _block_r(R)
-    r_blocks = -(-R // block_r)
+    r_blocks = ceil_div(R, block_r)
     block_p = next_power_of_2(min(rows, 64), 16)
     places = layout.arguments(*_PLACES)
     bins = layout.arguments(*_BINS)
@@ -471,7 +471,7 @@ def _weights_bwd(kind, grad, out, layout, weights, z, arg, left, left_arg, T, dr
         **bins,
     )
     J = min(m, max(1, 1024 // D)) if npg else 1
-    splits = -(-m // J) if npg else 1
+    splits = ceil_div(m, J) if npg else 1
     if npg:
         dz = z.new_empty((splits, B, R), dtype=torch.float32)
     else:
@@ -479,7 +479,7 @@ def _weights_bwd(kind, grad, out, layout, weights, z, arg, left, left_arg, T, dr
     config = _config("up_bwd", kind, grad.dtype, D)
     launch(
         up_bwd_kernel,
-        (-(-rows // block_p), r_blocks, splits),
+        (ceil_div(rows, block_p), r_blocks, splits),
         dz_ptr=dz,
         w_up_ptr=w_up,
         J=J,
@@ -499,7 +499,7 @@ def _weights_bwd(kind, grad, out, layout, weights, z, arg, left, left_arg, T, dr
     config = _config("up_bwd_weight", kind, grad.dtype, D)
     launch(
         up_bwd_weight_kernel,
-        (-(-D // config.BLOCK_D), r_blocks, splits),
+        (ceil_div(D, config.BLOCK_D), r_blocks, splits),
         d_w_ptr=d_w_up,
         d_b_ptr=d_b_up,
         BLOCK_D=config.BLOCK_D,
@@ -513,7 +513,7 @@ def _weights_bwd(kind, grad, out, layout, weights, z, arg, left, left_arg, T, dr
         block_d = _block_d(D, 64)
         launch(
             npg_down_bwd_kernel,
-            (-(-D // block_d), r_blocks),
+            (ceil_div(D, block_d), r_blocks),
             out_ptr=out,
             d_w_ptr=d_w_down,
             d_b_ptr=d_b_down,
@@ -541,11 +541,11 @@ def _weights_bwd(kind, grad, out, layout, weights, z, arg, left, left_arg, T, dr
     config = _config("down_bwd", kind, grad.dtype, D)
     if kind == "mppg":
         block_r = min(block_r, 64)
-        r_blocks = -(-R // block_r)
+        r_blocks = ceil_div(R, block_r)
     d_w_down = z.new_empty((splits, R, D), dtype=torch.float32)
     launch(
         down_bwd_kernel,
-        (-(-D // config.BLOCK_D), r_blocks, splits),
+        (ceil_div(D, config.BLOCK_D), r_blocks, splits),
         out_ptr=out,
         d_w_ptr=d_w_down,
         dz_ptr=dz,

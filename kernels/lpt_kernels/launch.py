@@ -68,8 +68,16 @@ def launch(kernel, grid: tuple[int, ...], *, num_warps: int = 4, num_stages: int
         kernel[grid](**args, num_warps=num_warps, num_stages=num_stages)
 
 
+# Plain Python, for torch.compile cannot look into triton.cdiv and triton.next_power_of_2.
+
+
+def ceil_div(n: int, block: int) -> int:
+    return -(-n // block)
+
+
 def next_power_of_2(n: int, at_least: int = 1) -> int:
-    return max(at_least, triton.next_power_of_2(n))
+    """The smallest power of two that is at least n and at_least (itself one)."""
+    return max(at_least, 1 << (max(n, 1) - 1).bit_length())
 
 
 _best: dict[tuple, object] = {}
