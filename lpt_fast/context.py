@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .layout import check
+from .packing import PackedBatch
 
 
 def attended(tokens: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
@@ -117,6 +118,7 @@ class Call:
 
     context_lengths: Tensor | None = None
     labels: Tensor | None = None
+    cached: PackedBatch | None = None
 
 
 class Context:
@@ -134,13 +136,19 @@ class Context:
         # While generate() runs: the context lengths, once they are known.
         self._generations: dict[int, list] = {}
 
-    def note(self, model: nn.Module, args: tuple, kwargs: dict):
-        """Forward pre-hook of the whole model: takes what the backbone will not be given."""
+    def note(self, model: nn.Module, args: tuple, kwargs: dict, cached: PackedBatch | None = None):
+        """Before the forward of the whole model: takes what the backbone will not be given.
+
+        Args:
+            model: the whole model.
+            args, kwargs: of its forward.
+            cached: what stands in for the text, if anything.
+        """
         labels = kwargs.get("labels")
         if args and labels is None:
             names = parameter_names(type(model).forward)
             labels = dict(zip(names, args, strict=False)).get("labels")
-        self._calls[_thread()] = Call(kwargs.pop("context_lengths", None), labels)
+        self._calls[_thread()] = Call(kwargs.pop("context_lengths", None), labels, cached)
         return args, kwargs
 
     def forget(self, model: nn.Module, args: tuple, output) -> None:

@@ -9,13 +9,14 @@ import dataclasses
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
-from torch import Tensor, nn
-from transformers import DynamicCache
+from torch import nn
 
+from . import cached
 from .backbone.copies import LATE_PROMPT
 from .backbone.families import Family, frozen_above, frozen_below, get_layers
 from .backbone.lower import run_lower
 from .backbone.upper import run_upper
+from .call_inputs import check_inputs, kv_cache
 from .config import LPTConfig
 from .context import Context, attended, parameter_names
 from .generators import PromptGenerator, build_generator
@@ -31,7 +32,6 @@ except ImportError:  # pragma: no cover
 
 # What the lower half needs to make its input; the upper half gets that as `inputs_embeds`.
 _INPUTS = ("input_ids", "inputs_embeds", "token_type_ids", "attention_mask", "position_ids")
-_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
 class LatePrompt(nn.Module, BaseTunerLayer):
@@ -85,7 +85,7 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         backbone.add_module(LATE_PROMPT, self)
         backbone.forward = self.run
         self._hooks = (
-            root.register_forward_pre_hook(self.context.note, with_kwargs=True),
+            root.register_forward_pre_hook(self._enter, with_kwargs=True),
             root.register_forward_hook(self.context.forget, always_call=True),
         )
         if hasattr(root, "generate"):
@@ -244,6 +244,11 @@ class LatePrompt(nn.Module, BaseTunerLayer):
             context_lengths: tokens of each example that the prompt is made from; default: all of
                 the input's.
         """
+        if kwargs.pop(cached.CACHED, None) is not None:
+            raise ValueError(
+                f"generate() got `{cached.CACHED}`, expected the text: new tokens go through all "
+                "layers and need the KV cache of those up to the insertion. Give input_ids."
+            )
         given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
         config = given or getattr(self.root, "generation_config", None)
         names = ("prefill_chunk_size", "assistant_model", "prompt_lookup_num_tokens")
@@ -258,10 +263,33 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         with self.context.generating(context_lengths):
             return type(self.root).generate(self.root, *args, **kwargs)
 
+    def _enter(self, model: nn.Module, args: tuple, kwargs: dict):
+        """Forward pre-hook of the whole model: takes what the backbone will not be given."""
+        batch = kwargs.pop(cached.CACHED, None)
+        if batch is not None:
+            batch, kwargs = cached.enter(self, batch, args, kwargs)
+            args = ()
+        return self.context.note(model, args, kwargs, batch)
+
+    def _check_identity(self, batch) -> None:
+        """Refuses a batch from the cache of another model or of other text."""
+        from .cache.guards import check_batch
+
+        check_batch(self, batch)
+
     def run(self, *args, **kwargs):
-        """The backbone's forward. Arguments and output are those of the backbone's class."""
+        """The backbone's forward. Arguments and output are those of the backbone's class.
+
+        In a call of the whole model with `cached_hidden`, what layers 1..k would give is taken from
+        there; everything above is the same.
+        """
         backbone, family = self.backbone, self.family
         call = self.context.take()
+        if kwargs.get(cached.CACHED) is not None:
+            raise ValueError(
+                f"{type(backbone).__name__} got `{cached.CACHED}`, expected it in the call of the "
+                f"whole model, {type(self.root).__name__}. Call that."
+            )
         config = self.active_config
         forward = type(backbone).forward
         if config is None:
@@ -270,26 +298,26 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         kwargs.update(zip(names, args, strict=False))
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         return_dict = kwargs.pop("return_dict", getattr(backbone.config, "return_dict", True))
+        if call.cached is not None:
+            cached.check_outputs(backbone.config, kwargs)
         wanted = self._capture(kwargs)
         if self.training:
             self._sync_modes()
 
         k, m = config.insertion_layer, config.num_virtual_tokens
-        cache = self._cache(kwargs)
-        past = 0 if cache is None else cache.get_seq_length()
-        if past and cache.get_seq_length(k) != past + m:
-            raise ValueError(
-                f"The KV cache holds {past} entries below the insertion and "
-                f"{cache.get_seq_length(k)} above, expected {past + m} (the prompt takes {m}): it "
-                "was filled by another adapter or by the base model, or it was cropped. Start with "
-                "an empty cache."
-            )
         inputs = {name: kwargs.pop(name) for name in _INPUTS if name in kwargs}
-        self._check_inputs(inputs, kwargs)
+        check_inputs(inputs, kwargs)
+        lower = cache = None
+        past = 0
+        if call.cached is not None:
+            hidden, inputs = cached.hidden_states(self, call.cached, k)
+            if family.causal:
+                kwargs.update(use_cache=False, past_key_values=None)
+        else:
+            cache, past = kv_cache(backbone, family, k, m, self.training, kwargs)
+            lower = run_lower(backbone, family, k, {**inputs, **kwargs, "return_dict": True})
+            hidden = lower.last_hidden_state  # [B, S, D]
         kwargs["return_dict"] = True
-
-        lower = run_lower(backbone, family, k, {**inputs, **kwargs})
-        hidden = lower.last_hidden_state  # [B, S, D]
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         tokens = None if mask is None else mask.bool()
         layout = PromptLayout.from_mask(tokens, m)
@@ -334,56 +362,6 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         if (wanted or attentions) and known:
             maybe_install_capturing_hooks(self.backbone)
         return wanted
-
-    def _cache(self, kwargs: dict):
-        """The KV cache of the whole model, made here where the caller wants one and
-        brought none.
-        """
-        if not self.family.causal:
-            return None
-        cache = kwargs.get("past_key_values")
-        use_cache = kwargs.get("use_cache", getattr(self.backbone.config, "use_cache", False))
-        checkpointing = any(
-            getattr(layer, "gradient_checkpointing", False)
-            for layer in get_layers(self.backbone, self.family)
-        )
-        if self.training and checkpointing:
-            use_cache = False
-        kwargs["use_cache"] = use_cache
-        if not use_cache and cache is None:
-            return None
-        if cache is None:
-            cache = DynamicCache(config=self.backbone.config)
-        if any("Static" in type(layer).__name__ for layer in getattr(cache, "layers", ())):
-            raise ValueError(
-                "Late Prompt Tuning got a static KV cache, which has no room for the prompt rows "
-                "of the layers above the insertion. Use a dynamic cache "
-                "(cache_implementation='dynamic')."
-            )
-        kwargs["past_key_values"] = cache
-        return cache
-
-    def _check_inputs(self, inputs: dict, kwargs: dict) -> None:
-        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            got = f"{mask.dim()}-D" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(
-                "Late Prompt Tuning needs the 2-D attention_mask [B, S] of the tokenizer, got "
-                f"{got}: the prompt rows have to be added to it."
-            )
-        if kwargs.get("encoder_hidden_states") is not None:
-            raise ValueError(
-                "Late Prompt Tuning got encoder_hidden_states; cross-attention in the adapted "
-                "backbone is not known."
-            )
-        packed = [name for name in _PACKED if kwargs.get(name) is not None]
-        if not packed and mask is None and positions is not None and positions.shape[1] > 1:
-            packed = ["position_ids that restart"] if (positions.diff(dim=1) != 1).any() else []
-        if packed:
-            raise ValueError(
-                f"Late Prompt Tuning got several texts packed into one row ({packed[0]}); give one "
-                "text per row, padded, with an attention_mask."
-            )
 
     def _assemble(self, lower, upper, strip, cache, wanted):
         """The backbone's usual output from those of the two halves."""
