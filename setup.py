@@ -28,6 +28,8 @@ setup(
         "numpy>=1.26",
         "pyyaml>=6.0",
         "tqdm>=4.66",
+        "xxhash>=3.0",
+        "psutil>=5.9",
         "typer>=0.12",
     ],
     extras_require={

@@ -47,3 +47,69 @@ def run_lower(backbone: nn.Module, family: Family, k: int, inputs: dict):
         inputs = {**inputs, "past_key_values": CacheView(cache, 0, k)}
     with torch.no_grad():
         return lower(**inputs)
+
+
+def run_lower_at(
+    backbone: nn.Module, family: Family, layers: list[int], inputs: dict
+) -> dict[int, torch.Tensor]:
+    """Outputs of several layers in one pass.
+
+    Args:
+        backbone, family, inputs: as for `run_lower`.
+        layers: which layers, counted from 1.
+
+    Returns:
+        layer -> [B, S, D], each as `run_lower` would give it.
+    """
+    deepest = max(layers)
+    states, handles = {}, []
+
+    def looking(layer: int):
+        # What comes into the next layer: some models do more between two layers (DeBERTa-v2's
+        # convolution after the first).
+        def look(module, args, kwargs):
+            states[layer] = args[0] if args else kwargs["hidden_states"]
+
+        return look
+
+    try:
+        for layer in layers:
+            if layer < deepest:
+                module = get_layers(backbone, family)[layer]
+                hook = module.register_forward_pre_hook(looking(layer), with_kwargs=True)
+                handles.append(hook)
+        states[deepest] = run_lower(backbone, family, deepest, inputs).last_hidden_state
+    finally:
+        for handle in handles:
+            handle.remove()
+    return states
+
+
+def run_between(
+    backbone: nn.Module,
+    family: Family,
+    below: int,
+    layers: list[int],
+    hidden: torch.Tensor,
+    inputs: dict,
+) -> dict[int, torch.Tensor]:
+    """Outputs of several layers, from the output of a layer below them.
+
+    Args:
+        backbone, family: as for `run_lower`.
+        below: the layer that gave `hidden`.
+        layers: which layers, counted from 1, all above `below`.
+        hidden: [B, S, D].
+        inputs: attention_mask and, for rotary models, position_ids.
+
+    Returns:
+        layer -> [B, S, D].
+    """
+    from .upper import build_upper
+
+    rest = build_upper(backbone, family, below, training=False)
+    if not family.takes_positions:
+        inputs = {name: value for name, value in inputs.items() if name != "position_ids"}
+    inputs = {**inputs, "inputs_embeds": hidden}
+    states = run_lower_at(rest, family, [layer - below for layer in layers], inputs)
+    return {layer + below: state for layer, state in states.items()}

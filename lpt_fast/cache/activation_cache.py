@@ -1,0 +1,514 @@
+"""ActivationCache: the outputs of the frozen layers of one model, text by text, on disk."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..packing import PackedBatch
+from . import canary as canaries
+from .build import (
+    Builder,
+    BuildReport,
+    BuildSettings,
+    State,
+    Target,
+    exact_sources,
+    folder_size,
+)
+from .errors import CacheError, MissingRowsError
+from .folder import MANIFEST, Folder, find_folders
+from .forward import device_of
+from .guards import check_frozen
+from .identity import Identity, Place, cut, identity_of
+from .index import KeyTable, RowTable
+from .planner import Plan, choose_tier
+from .reader import RowReader, check_rows
+from .rows import DatasetKeys, TextRules, as_keys, read_keys
+from .verify import VerifyReport, verify
+
+logger = logging.getLogger(__name__)
+
+
+class ActivationCache:
+    """Hidden states of layer k for every text that was seen, computed once (DESIGN section 6).
+
+    A folder holds caches of several models, layers and dtypes beside each other; an object of this
+    class is one of them. Which one is said by a model (`open(path, model)`, `ensure(model, ...)`),
+    by `insertion_layer` or `identity`, or by there being only one. Many processes may read while
+    one builds.
+
+    Example:
+        cache = ActivationCache.open("cache", model)
+        rows = cache.ensure(model, dataset)  # int64 [N], computes only what is missing
+        batch = cache.read(rows[:32])
+        loss = model(cached_hidden=batch, labels=labels[:32]).loss
+
+    Args of `open`:
+        path: folder of caches, or that of one cache. It need not exist before something is built.
+        model: whose rows are wanted, an `nn.Module` of a known family. It is compared with the
+            cache, weight by weight, and a few rows are computed again (`canary`).
+        insertion_layer: k; default: that of the model's active late prompt.
+        store: how a new cache keeps rows: "bf16" (default), "fp32", "fp16", "int8c" (8 bits with a
+            scale for each channel and token) or "fp8" (e4m3).
+        compute_dtype: "bfloat16" or "float16" to run the layers under autocast; default: as the
+            model is.
+        identity: sha256 of the cache, or its beginning, where several would fit.
+        tier: where rows are read from, "device", "pinned", "page", "disk", or "auto" (planner.py).
+        check: "read" compares the hash of every row that is read from a file, each time; "never".
+        canary: whether a few rows are computed again when a model is given.
+        device: where batches go; default: the model's device, else the CPU.
+
+    Raises:
+        CacheError: nothing there that fits; says what is there.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        store: str = "bf16",
+        compute_dtype: str | None = None,
+        tier: str = "auto",
+        check: str = "read",
+        canary: bool = True,
+        device: torch.device | str | None = None,
+    ):
+        self.root = root
+        self._store, self._compute_dtype = store, compute_dtype
+        self._tier, self._check, self._canary = tier, check, canary
+        self._device = None if device is None else torch.device(device)
+        self._state: State | None = None
+        self._table: RowTable | None = None
+        self._keys: KeyTable | None = None
+        self._reader: RowReader | None = None
+        self._identity: Identity | None = None
+
+    # -- opening -----------------------------------------------------------------------------------
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        model: torch.nn.Module | None = None,
+        *,
+        insertion_layer: int | None = None,
+        store: str | None = None,
+        compute_dtype: str | None = None,
+        identity: str | None = None,
+        tier: str = "auto",
+        check: str = "read",
+        canary: bool = True,
+        device: torch.device | str | None = None,
+    ) -> ActivationCache:
+        """Opens a cache, or a folder for one that `ensure` or `build` will fill. See the class."""
+        path = Path(path)
+        if path.exists() and not path.is_dir():
+            raise CacheError(f"{path} is a file, expected the folder of a cache; give its folder.")
+        cache = cls(
+            path,
+            store=store or "bf16",
+            compute_dtype=compute_dtype,
+            tier=tier,
+            check=check,
+            canary=canary,
+            device=device,
+        )
+        choose_tier(0, torch.device("cpu"), tier)  # a wrong name is said now
+        if model is not None:
+            place = cut(model, insertion_layer)
+            cache._bind_to(place, known_store=store)
+            return cache
+        found = []
+        for folder in find_folders(path) if path.is_dir() else []:
+            content = Folder.read(folder)
+            own = content.identity
+            if (
+                (insertion_layer is None or own.layer == insertion_layer)
+                and (store is None or own.store == store)
+                and (compute_dtype is None or own.compute_dtype == compute_dtype)
+                and (identity is None or own.digest.startswith(identity))
+            ):
+                found.append(content)
+        asked = any(x is not None for x in (insertion_layer, store, compute_dtype, identity))
+        if len(found) == 1 and (asked or found[0].path == path):
+            cache._bind(found[0])
+        elif asked and (identity is not None or len(found) > 1):
+            raise cache._not_one(len(found))
+        return cache
+
+    def _not_one(self, count: int) -> CacheError:
+        return CacheError(
+            f"{self.root} holds {count} caches that fit, expected one ({_listed(self.root)}); say "
+            "which by model, insertion_layer, store or identity."
+        )
+
+    def _bind_to(self, place: Place, known_store: str | None = None) -> Identity:
+        """Finds the cache of a model; without a store given, any of that model's does."""
+        check_frozen(place)
+        wanted = identity_of(place, known_store or self._store, self._compute_dtype)
+        if self._identity is not None:
+            own = wanted.at(store=self._identity.store)
+            if own.digest != self._identity.digest:
+                raise CacheError(
+                    f"The cache is that of {_name(self._identity)}, expected of this model "
+                    f"({_name(own)}; weights, configuration, layer or dtype differ); open another "
+                    "cache for it, ActivationCache.open(path, model)."
+                )
+            return self._identity
+        stores = [known_store] if known_store else [self._store, "fp32", "fp16", "int8c", "fp8"]
+        for store in dict.fromkeys(stores):
+            own = wanted.at(store=store)
+            for path in (self.root / own.folder, self.root):
+                if not (path / MANIFEST).exists():
+                    continue
+                folder = Folder.read(path)
+                if folder.identity.digest == own.digest:
+                    self._bind(folder, place)
+                    return own
+        if (self.root / MANIFEST).exists():
+            found = Folder.read(self.root).identity
+            raise CacheError(
+                f"The cache {self.root} is that of {_name(found)}, expected of this model "
+                f"({_name(wanted)}; weights, configuration, layer, dtype or store differ); open "
+                "the folder above it, which may hold several, or fill another."
+            )
+        return wanted
+
+    def _bind(self, folder: Folder, place: Place | None = None) -> None:
+        """Takes up a cache that is on disk."""
+        self._identity = folder.identity
+        self._state = State(folder)
+        if self._device is None:
+            self._device = torch.device("cpu") if place is None else device_of(place)
+        self.refresh()
+        for problem in self._state.problems:
+            logger.warning("%s (The sound rows of the cache are used.)", problem)
+        if place is not None and self._canary:
+            canaries.check(place, self._identity, self._table, self._reader)
+
+    def refresh(self) -> None:
+        """Sees what a builder has finished since. Numbers of rows that were known stay."""
+        if self._state is None:
+            return
+        self._state.load(adopt=False)
+        if self._table is not None and len(self._table.names) == len(self._state.shards):
+            return
+        self._table = RowTable.of(list(self._state.shards.items()))
+        self._keys = KeyTable(self._table.key)
+        identity = self._identity
+        size = self._table.num_tokens * identity.width * _element(identity)
+        plan = choose_tier(size, self._device, self._tier)
+        if self._reader is None or plan.tier != self._reader.plan.tier:
+            logger.info("Activation cache %s is read from %s", self._state.folder.path, plan)
+        self._reader = RowReader(self._state.folder, self._table, plan, self._device, self._check)
+
+    # -- filling -----------------------------------------------------------------------------------
+
+    def build(
+        self,
+        model: torch.nn.Module,
+        dataset,
+        *,
+        insertion_layer: int | list[int] | None = None,
+        batch_tokens: int | None = None,
+        shard_bytes: int = BuildSettings.shard_bytes,
+        max_bytes: int | None = None,
+        wait: float = 0.0,
+        progress: bool = False,
+        provenance: dict[str, Any] | None = None,
+    ) -> BuildReport:
+        """Computes the rows of a tokenised data set that are missing, and nothing else.
+
+        An interrupted build is taken up where it ended: finished shards stay. Under torchrun, all
+        processes call this together and share the work.
+
+        Args:
+            model: of a known family, frozen up to the cut.
+            dataset: examples with `input_ids` (and `attention_mask`, `token_type_ids`,
+                `position_ids`), a datasets.Dataset or a list of dicts.
+            insertion_layer: k, or several cuts to fill in one pass (this object is then that of the
+                first); default: that of the model's active late prompt.
+            batch_tokens: tokens of a batch, padding counted.
+            shard_bytes: most bytes of a file's hidden states.
+            max_bytes: most bytes that a cache may take.
+            wait: seconds to wait while another process builds.
+            progress: show a progress bar.
+            provenance: said of a new cache in its manifest, beside model and versions.
+
+        Raises:
+            CacheBusyError: another process builds; says which.
+            CacheError: a model that is not frozen below the cut, a text that the model does not
+                take, no room, hidden states that are not finite (the row is named).
+        """
+        settings = BuildSettings(batch_tokens, shard_bytes, max_bytes, wait, progress)
+        layers = insertion_layer if isinstance(insertion_layer, list) else [insertion_layer]
+        places = [cut(model, layer) for layer in layers]
+        if len({place.layer for place in places}) != len(places):
+            raise CacheError(f"`insertion_layer` names a layer twice: {layers}.")
+        rules = TextRules.of(places[0].backbone, places[0].family)
+        keys = read_keys(dataset, rules)
+        return self._build(model, places, dataset, keys, rules, settings, provenance)
+
+    def _build(self, model, places, dataset, keys, rules, settings, provenance) -> BuildReport:
+        if self._device is None:
+            self._device = device_of(places[0])
+        targets = []
+        for i, place in enumerate(places):
+            if i == 0:
+                identity = self._bind_to(place)
+                state = self._state
+            else:
+                check_frozen(place)
+                store = targets[0].folder.identity.store
+                identity = identity_of(place, store, self._compute_dtype)
+                state = None
+            if state is None:
+                path = self.root / identity.folder
+                if (path / MANIFEST).exists():
+                    folder = Folder.read(path)
+                    if folder.identity.digest != identity.digest:
+                        raise CacheError(f"{path} holds another cache; take it away.")
+                else:
+                    folder = Folder(path, identity, _provenance(model, provenance))
+                state = State(folder)
+                if path.is_dir():
+                    state.load(adopt=False)
+            targets.append(Target(place, state))
+        sources = exact_sources(self.root, model, self._compute_dtype, [p.layer for p in places])
+        report = Builder(targets, dataset, keys, rules, settings, sources).run()
+        if self._state is None:
+            self._bind(targets[0].folder, None)
+        else:
+            self.refresh()
+        return report
+
+    def ensure(self, model: torch.nn.Module, dataset, **settings) -> np.ndarray:
+        """The row of every example of a data set, computing those that are missing.
+
+        Args:
+            model, dataset, settings: as for `build`, with one cut.
+
+        Returns:
+            int64 [N], in the order of the data set, for `read` and `batches` of this object.
+        """
+        layer = settings.pop("insertion_layer", None)
+        place = cut(model, layer)
+        provenance = settings.pop("provenance", None)
+        try:
+            settings = BuildSettings(**settings)
+        except TypeError as error:
+            raise CacheError(f"ensure() got an unknown setting: {error}.") from None
+        rules = TextRules.of(place.backbone, place.family)
+        keys = read_keys(dataset, rules)
+        self._build(model, [place], dataset, keys, rules, settings, provenance)
+        return self._rows_of(keys)
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def rows(self, dataset, rules: TextRules | None = None) -> np.ndarray:
+        """The row of every example of a data set that is in the cache already, int64 [N].
+
+        Args:
+            dataset: as for `ensure`.
+            rules: of the model (`TextRules.of(backbone, family)`); default: those of a model whose
+                token types are zero by default, as encoders' are.
+
+        Raises:
+            MissingRowsError: some are not in it.
+        """
+        self._opened()
+        return self._rows_of(read_keys(dataset, rules or TextRules()))
+
+    def _rows_of(self, keys: DatasetKeys) -> np.ndarray:
+        self._opened()
+        found = self._keys.find(keys.keys)
+        if (found < 0).any():
+            lacking = np.flatnonzero(found < 0)
+            raise MissingRowsError(
+                f"{len(lacking)} of {len(found)} texts are not in the cache (row {lacking[0]} of "
+                "the data set first), expected all; `ensure(model, dataset)` computes them."
+            )
+        return found
+
+    def find(self, keys) -> np.ndarray:
+        """Rows of keys (16 bytes each, or uint64 [B, 2]), int64 [B], -1 for those not here."""
+        self._opened()
+        return self._keys.find(as_keys(keys))
+
+    def read(self, rows, *, room: int = 0, dtype: torch.dtype | None = None) -> PackedBatch:
+        """Texts as one packed batch.
+
+        Args:
+            rows: row numbers int [B] (`ensure` gives them), or keys (16 bytes each, or uint64
+                [B, 2]); any order, repeats allowed.
+            room: free rows before each text, for its prompt.
+            dtype: of the hidden states; default: the store's, bf16 for 8-bit stores.
+
+        Raises:
+            MissingRowsError: a row or key that is not in the cache.
+            CorruptCacheError: a row whose bytes are not those that were written.
+        """
+        self._opened()
+        if isinstance(room, bool) or not isinstance(room, int) or room < 0:
+            raise CacheError(f"`room` must be a whole number of at least 0, got {room!r}.")
+        return self._reader.read(self._numbers(rows), room, dtype)
+
+    def _numbers(self, rows) -> np.ndarray:
+        keys = isinstance(rows, np.ndarray) and rows.ndim == 2
+        keys = keys or (isinstance(rows, list | tuple) and rows and isinstance(rows[0], bytes))
+        if not keys:
+            return check_rows(rows, len(self._table))
+        found = self._keys.find(as_keys(rows))
+        if (found < 0).any():
+            raise MissingRowsError(
+                f"{int((found < 0).sum())} of {len(found)} keys are not in the cache, expected "
+                "all; `ensure(model, dataset)` computes them."
+            )
+        return found
+
+    def batches(
+        self,
+        order: Iterable,
+        *,
+        room: int = 0,
+        dtype: torch.dtype | None = None,
+        prefetch: int = 2,
+    ) -> Iterator[PackedBatch]:
+        """Batches in the order of a sampler, read ahead on one background thread.
+
+        Args:
+            order: row numbers (or keys) of each batch.
+            room, dtype: as for `read`.
+            prefetch: batches that are ready before they are asked for; 0 reads in this thread.
+        """
+        self._opened()
+        return self._reader.batches((self._numbers(rows) for rows in order), room, dtype, prefetch)
+
+    def device_store(self):
+        """The whole cache as `lpt_kernels.gather.Store` on the device, for
+        `lpt_fast.insertion.gather_insert_prompt`; its examples are the rows of this object.
+        """
+        self._opened()
+        return self._reader.device_store()
+
+    # -- looking after it --------------------------------------------------------------------------
+
+    def verify(self, full: bool = False) -> VerifyReport:
+        """Compares what is on disk with its digests; with `full` every byte of every row."""
+        self._opened()
+        return verify(self._state.folder, full)
+
+    def stats(self) -> dict[str, Any]:
+        """What is in the cache and what was read: identity, layer, store, rows, tokens, bytes on
+        disk, tier and why, problems, rows and bytes read by this object.
+        """
+        self._opened()
+        identity = self._identity
+        return {
+            "path": str(self._state.folder.path),
+            "identity": identity.digest,
+            "insertion_layer": identity.layer,
+            "store": identity.store,
+            "compute_dtype": identity.compute_dtype,
+            "width": identity.width,
+            "rows": len(self._table),
+            "tokens": self._table.num_tokens,
+            "shards": len(self._table.names),
+            "bytes": folder_size(self._state.folder.path),
+            "tier": self._reader.plan.tier,
+            "why": self._reader.plan.why,
+            "check": self._check,
+            "problems": list(self._state.problems),
+            "rows_read": self._reader.rows_read,
+            "bytes_read": self._reader.bytes_read,
+            "provenance": dict(self._state.folder.provenance),
+        }
+
+    @property
+    def identity(self) -> Identity:
+        """What the rows depend on beside their text."""
+        self._opened()
+        return self._identity
+
+    @property
+    def plan(self) -> Plan:
+        """Where rows are read from, and why."""
+        self._opened()
+        return self._reader.plan
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, int64 [N]."""
+        self._opened()
+        return self._table.length
+
+    def __len__(self) -> int:
+        """Number of rows; 0 before anything is there."""
+        return 0 if self._table is None else len(self._table)
+
+    def close(self) -> None:
+        """Lets go of files and memory."""
+        if self._reader is not None:
+            self._reader.files.close()
+        self._state = self._table = self._keys = self._reader = self._identity = None
+
+    def __enter__(self) -> ActivationCache:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def _opened(self) -> None:
+        if self._reader is None and self.root.is_dir():
+            # Opened without a model: the only cache of the folder is meant.
+            found = find_folders(self.root)
+            if len(found) == 1:
+                self._bind(Folder.read(found[0]))
+            elif found:
+                raise self._not_one(len(found))
+        if self._reader is None:
+            raise CacheError(
+                f"{self.root} holds no cache yet, expected one to read from; `ensure(model, "
+                "dataset)` or `lpt-fast precompute` fills it."
+            )
+
+
+def _element(identity: Identity) -> int:
+    return {"fp32": 4, "fp16": 2, "bf16": 2}.get(identity.store, 1)
+
+
+def _name(identity: Identity) -> str:
+    return (
+        f"{identity.content.get('backbone')} {identity.digest[:12]} at layer {identity.layer}, "
+        f"computed in {identity.compute_dtype}, kept as {identity.store}"
+    )
+
+
+def _listed(path: Path) -> str:
+    names = []
+    for folder in find_folders(path):
+        own = Folder.read(folder).identity
+        names.append(f"{own.digest[:12]}: layer {own.layer}, {own.store}")
+    return "; ".join(names) or "it holds none"
+
+
+def _provenance(model, more: dict[str, Any] | None) -> dict[str, Any]:
+    """Where a new cache comes from, for people. No times: the same build gives the same bytes."""
+    import transformers
+
+    from .. import __version__
+
+    config = getattr(model, "config", None)
+    return {
+        "model": str(getattr(config, "_name_or_path", "") or type(model).__name__),
+        "lpt_fast": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        **(more or {}),
+    }

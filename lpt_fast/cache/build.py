@@ -1,0 +1,545 @@
+"""Filling caches: which rows are missing, in which shards, and the loop that computes them."""
+
+from __future__ import annotations
+
+import base64
+import os
+import secrets
+import shutil
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import planner, quantize
+from .errors import CacheError, CorruptCacheError
+from .folder import Folder, ShardEntry, find_folders
+from .forward import BATCH_TOKENS, Runner, batches_of, device_of
+from .identity import Place, cut, identity_of
+from .index import KeyTable, RowTable
+from .lock import building
+from .ranks import Ranks, wait_until
+from .reader import RowReader
+from .rows import DatasetKeys, Text, TextRules, to_text
+from .shard import QUANTISED, Tables
+from .writer import CacheWriter, shard_name
+
+SHARD_BYTES = 256 * 2**20
+CALIBRATION_TOKENS = 16384  # that an int8c store takes its channel scales from
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """How a build works; none of it changes a row beyond rounding.
+
+    Attributes:
+        batch_tokens: tokens of a batch, padding counted; None: what suits the device.
+        shard_bytes: hidden states of a shard, at most.
+        max_bytes: most bytes that a cache may take on the disk; None: what is free.
+        wait: seconds to wait for another builder.
+        progress: show a progress bar.
+    """
+
+    batch_tokens: int | None = None
+    shard_bytes: int = SHARD_BYTES
+    max_bytes: int | None = None
+    wait: float = 0.0
+    progress: bool = False
+
+    def __post_init__(self):
+        for name in ("batch_tokens", "shard_bytes", "max_bytes"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not value >= 1):
+                raise CacheError(f"`{name}` must be at least 1, got {value!r}.")
+
+
+@dataclass
+class BuildReport:
+    """What a build did.
+
+    Attributes:
+        rows: texts of the data set.
+        unique: different ones among them.
+        computed: texts that ran through the model.
+        tokens: of those.
+        bytes: of hidden states written, over all cuts.
+        seconds: in all.
+        continued_from: the lower cut whose rows served as input, 0 for none.
+    """
+
+    rows: int = 0
+    unique: int = 0
+    computed: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    continued_from: int = 0
+
+
+@dataclass(eq=False)
+class State:
+    """The sound shards of a cache.
+
+    Attributes:
+        folder: the cache.
+        shards: name -> tables.
+        entries: name -> line of the index.
+        problems: what is wrong with the others, one sentence each.
+    """
+
+    folder: Folder
+    shards: dict[str, Tables] = field(default_factory=dict)
+    entries: dict[str, ShardEntry] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def load(self, adopt: bool) -> State:
+        """Reads what is new. With `adopt` also finished shards that the index does not name."""
+        self.problems = []
+        try:
+            listed = self.folder.read_index()
+        except CorruptCacheError as error:
+            self.problems.append(str(error))
+            listed, adopt = None, True
+        named = {entry.name: entry for entry in listed or []}
+        for name, entry in named.items():
+            if name not in self.shards:
+                self._read(name, entry)
+        # A build that has not ended yet has no index: what is finished serves.
+        if adopt or listed is None:
+            known = self.key_table()
+            for name in self.folder.shard_names():
+                if name in self.shards or name in named or not self._read(name, None):
+                    continue
+                if (known.find(self.shards[name].row_key) >= 0).all():
+                    del self.shards[name], self.entries[name]  # it would only double rows
+        return self
+
+    def _read(self, name: str, entry: ShardEntry | None) -> bool:
+        try:
+            tables = self.folder.read_shard(name, entry)
+        except CorruptCacheError as error:
+            self.problems.append(str(error))
+            return False
+        self.shards[name], self.entries[name] = tables, ShardEntry.of(name, tables)
+        return True
+
+    def key_table(self) -> KeyTable:
+        parts = [tables.row_key for tables in self.shards.values()]
+        return KeyTable(np.concatenate(parts) if parts else np.zeros((0, 2), np.uint64))
+
+
+@dataclass(eq=False)
+class Target:
+    """A cache to fill: its state, and which texts of the data set it lacks, bool [N]."""
+
+    place: Place
+    state: State
+    missing: np.ndarray | None = None
+
+    @property
+    def folder(self) -> Folder:
+        return self.state.folder
+
+    def find_missing(self, keys: DatasetKeys) -> np.ndarray:
+        """First of equal texts only."""
+        absent = self.state.key_table().find(keys.keys) < 0
+        _, first = np.unique(keys.keys, axis=0, return_index=True)
+        self.missing = np.zeros(len(keys), bool)
+        self.missing[first] = absent[first]
+        return self.missing
+
+
+def shard_tokens(token_bytes: int, total: int, world: int, limit: int) -> int:
+    """Tokens of a shard: as many as the limit on bytes lets in; where several processes share the
+    work, at least four shards each, so that they finish together.
+    """
+    tokens = max(1, limit // token_bytes)
+    return tokens if world == 1 else max(1, min(tokens, -(-total // (4 * world))))
+
+
+def plan_shards(keys: DatasetKeys, wanted: np.ndarray, tokens: int) -> list[np.ndarray]:
+    """Cuts the wanted texts into shards: rows of the data set, longest first (what does not fit in
+    memory shows at once), of one kind each. The same texts give the same shards in any order.
+
+    Args:
+        keys: of the data set.
+        wanted: bool [N].
+        tokens: of a shard, at most (one text at least).
+    """
+    rows = np.flatnonzero(wanted)
+    order = np.lexsort(
+        (keys.keys[rows, 1], keys.keys[rows, 0], -keys.lengths[rows], keys.kinds[rows])
+    )
+    rows = rows[order]
+    shards, start, size = [], 0, 0
+    for i, row in enumerate(rows.tolist()):
+        length = int(keys.lengths[row])
+        new_kind = i > start and keys.kinds[row] != keys.kinds[rows[start]]
+        if i > start and (size + length > tokens or new_kind):
+            shards.append(rows[start:i])
+            start, size = i, 0
+        size += length
+    if start < len(rows):
+        shards.append(rows[start:])
+    return shards
+
+
+def bytes_needed(target: Target, keys: DatasetKeys) -> int:
+    """An upper bound of what the missing rows take on the disk."""
+    identity = target.folder.identity
+    width = identity.width * quantize.torch_dtype(identity.store).itemsize
+    per_token = width + 4 + 2 * (identity.store in QUANTISED)
+    lengths = keys.lengths[target.missing]
+    kinds = keys.kinds[target.missing]
+    extra = 4 * int((lengths * ((kinds & 1) + (kinds >> 1))).sum())
+    return int(lengths.sum()) * per_token + extra + 28 * len(lengths) + 16384
+
+
+def check_room(targets: list[Target], keys: DatasetKeys, settings: BuildSettings) -> None:
+    """Raises CacheError before anything is computed where the rows would not fit."""
+    needed = [bytes_needed(target, keys) for target in targets]
+    root = targets[0].folder.path
+    free = shutil.disk_usage(root).free
+    if sum(needed) > free:
+        raise CacheError(
+            f"The missing rows need {sum(needed):,} bytes and {root} has {free:,} free, expected "
+            "room for all; make room, name another folder, or take a smaller store (bf16, int8c)."
+        )
+    if settings.max_bytes is not None:
+        for target, size in zip(targets, needed, strict=True):
+            held = sum(entry.bytes for entry in target.state.entries.values())
+            if held + size > settings.max_bytes:
+                raise CacheError(
+                    f"The cache {target.folder.path} would take {held + size:,} bytes, expected at "
+                    f"most {settings.max_bytes:,} (--max_bytes); allow more, or take fewer texts, "
+                    "fewer cuts or a smaller store."
+                )
+
+
+class Builder:
+    """Fills one or several caches of one model with the missing rows of a data set.
+
+    Args:
+        targets: the caches, of different cuts of one model with one store and compute dtype.
+        dataset: tokenised examples, by number.
+        keys: of the data set.
+        rules: of the model.
+        settings: how.
+        sources: readers of exact caches of lower cuts, deepest first.
+    """
+
+    def __init__(
+        self,
+        targets: list[Target],
+        dataset,
+        keys: DatasetKeys,
+        rules: TextRules,
+        settings: BuildSettings,
+        sources: list[tuple[int, RowReader, KeyTable]] = (),
+    ):
+        self.targets, self.dataset, self.keys = targets, dataset, keys
+        self.rules, self.settings, self.sources = rules, settings, sources
+        self.ranks = Ranks.of_environment()
+        self.report = BuildReport(rows=len(keys), unique=len(np.unique(keys.keys, axis=0)))
+
+    def run(self) -> BuildReport:
+        """Computes and writes what is missing.
+
+        Raises:
+            CacheBusyError: somebody else builds.
+            CacheError: no room, rows that are not finite, a folder that cannot be written.
+        """
+        start = time.perf_counter()
+        if self.ranks.world == 1 and not any(t.find_missing(self.keys).any() for t in self.targets):
+            return self.report
+        with ExitStack() as stack:
+            plan = self.ranks.agree(lambda: self._prepare(stack))
+            self._take(plan)
+            tokens = sum(int(self.keys.lengths[t.missing].sum()) for t in self.targets)
+            identity = self.targets[0].folder.identity
+            width = identity.width * quantize.torch_dtype(identity.store).itemsize
+            limit = shard_tokens(width, tokens, self.ranks.world, self.settings.shard_bytes)
+            wanted = np.logical_or.reduce([t.missing for t in self.targets])
+            shards = plan_shards(self.keys, wanted, limit)
+            self._fill(shards, plan["run"])
+            self._seal(shards)
+        self.report.seconds = time.perf_counter() - start
+        return self.report
+
+    # -- before ------------------------------------------------------------------------------------
+
+    def _prepare(self, stack: ExitStack) -> dict:
+        """Rank 0's part: takes the locks, tidies up, looks what is there. What the others need."""
+        for target in sorted(self.targets, key=lambda t: t.folder.path):
+            self._make_folder(target.folder.path)
+            try:
+                stack.enter_context(building(target.folder.path, self.settings.wait))
+            except OSError as error:
+                raise _cannot_write(target.folder.path, error) from None
+            for name in target.folder.part_names():  # of builds that died: the lock is ours
+                (target.folder.path / name).unlink(missing_ok=True)
+            target.state.load(adopt=True)
+            target.find_missing(self.keys)
+        check_room(self.targets, self.keys, self.settings)
+        plan: dict = {"run": secrets.token_hex(4), "missing": {}, "scale": {}}
+        for target in self.targets:
+            layer = str(target.place.layer)
+            folder = target.folder
+            if folder.identity.store == "int8c" and folder.channel_scale is None:
+                folder.channel_scale = self._calibrate(target)
+            if not (folder.path / "manifest.json").exists():
+                folder.write_manifest()
+            plan["missing"][layer] = _encode(np.packbits(target.missing))
+            if folder.channel_scale is not None:
+                plan["scale"][layer] = _encode(folder.channel_scale)
+        return plan
+
+    def _make_folder(self, path: Path) -> None:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot_write(path, error) from None
+
+    def _take(self, plan: dict) -> None:
+        for target in self.targets:
+            layer = str(target.place.layer)
+            bits = np.unpackbits(_decode(plan["missing"][layer], np.uint8), count=len(self.keys))
+            target.missing = bits.astype(bool)
+            if layer in plan["scale"]:
+                target.folder.channel_scale = _decode(plan["scale"][layer], np.float32)
+
+    def _calibrate(self, target: Target) -> np.ndarray:
+        """Channel scales from texts spread over all lengths of the data set."""
+        order = np.lexsort((self.keys.keys[:, 0], self.keys.lengths, self.keys.kinds))
+        share = CALIBRATION_TOKENS / max(1, int(self.keys.lengths.sum()))
+        step = max(1, int(1 / share)) if share < 1 else 1
+        rows = order[::step]
+        runner = self._runner([target.place.layer])
+        parts = []
+        for kind in np.unique(self.keys.kinds[rows]):
+            chosen = rows[self.keys.kinds[rows] == kind]
+            for batch in batches_of(self.keys.lengths[chosen], self._budget(runner)):
+                (state,) = runner.run(self._texts(chosen[batch])).values()
+                parts.append(state.float().cpu())
+        quantize.check_finite(
+            torch.cat(parts).abs().amax(1), "int8c", lambda token: "a text of the data set"
+        )
+        return quantize.calibrate(torch.cat(parts)).numpy()
+
+    # -- the loop ----------------------------------------------------------------------------------
+
+    def _runner(self, layers: list[int]) -> Runner:
+        target = self.targets[0]
+        return Runner(target.place, layers, target.folder.identity.compute_dtype)
+
+    def _budget(self, runner: Runner) -> int:
+        default = BATCH_TOKENS.get(runner.device.type, BATCH_TOKENS["cuda"])
+        return self.settings.batch_tokens or default
+
+    def _texts(self, rows: np.ndarray) -> list[Text]:
+        texts = []
+        for row in rows.tolist():
+            text = to_text(row, self.dataset[row], self.rules)
+            if np.frombuffer(text.key, np.uint64).tolist() != self.keys.keys[row].tolist():
+                raise CacheError(
+                    f"Row {row} of the data set is another text when it is read again, expected "
+                    "the same; take random transforms out of the data set."
+                )
+            texts.append(text)
+        return texts
+
+    def _fill(self, shards: list[np.ndarray], run: str) -> None:
+        from tqdm import tqdm
+
+        mine = shards[self.ranks.rank :: self.ranks.world]
+        run = f"{run}-{self.ranks.rank}"
+        runner = self._runner([t.place.layer for t in self.targets])
+        writers = [CacheWriter(target.folder, run) for target in self.targets]
+        bar = tqdm(
+            total=sum(map(len, mine)),
+            unit="row",
+            desc="Precompute",
+            disable=not (self.settings.progress and self.ranks.rank == 0),
+        )
+        try:
+            for rows in mine:
+                self._fill_shard(rows, runner, writers, bar)
+            for writer, target in zip(writers, self.targets, strict=True):
+                for entry in writer.close():
+                    self._add(target, entry)
+        except BaseException:
+            for writer, target in zip(writers, self.targets, strict=True):
+                writer.abort()
+                for entry in writer.entries:
+                    self._add(target, entry)
+            self._save_index()
+            raise
+        finally:
+            bar.close()
+            self.report.bytes = sum(writer.bytes for writer in writers)
+
+    def _fill_shard(self, rows: np.ndarray, runner: Runner, writers: list, bar) -> None:
+        texts = self._texts(rows)
+        names = [f"row {row} of the data set" for row in rows.tolist()]
+        lengths = self.keys.lengths[rows]
+        source = self._source_of(rows)
+        begun = [False] * len(writers)
+        for batch in batches_of(lengths, self._budget(runner)):
+            if source is None:
+                states = runner.run(texts[batch])
+            else:
+                layer, reader, numbers = source
+                hidden = reader.read(numbers[batch]).padded()
+                states = runner.run(texts[batch], layer, hidden)
+                self.report.continued_from = layer
+            for i, (target, writer) in enumerate(zip(self.targets, writers, strict=True)):
+                lacks = target.missing[rows]
+                here = np.flatnonzero(lacks[batch])
+                if len(here) == 0:
+                    continue
+                hidden = states[target.place.layer]
+                if len(here) < len(lacks[batch]):
+                    kept = torch.from_numpy(np.repeat(lacks[batch], lengths[batch]))
+                    hidden = hidden[kept.to(hidden.device)]
+                begin = None
+                if not begun[i]:
+                    all_ = np.flatnonzero(lacks)
+                    begin = [texts[j] for j in all_], [names[j] for j in all_]
+                    begun[i] = True
+                writer.put(hidden, len(here), begin)
+            self.report.computed += len(texts[batch])
+            self.report.tokens += int(lengths[batch].sum())
+            bar.update(len(texts[batch]))
+            if not bar.disable and (elapsed := bar.format_dict["elapsed"]) > 0:
+                written = sum(writer.bytes for writer in writers) / 1e6
+                rate = self.report.tokens / elapsed
+                bar.set_postfix_str(f"{rate:,.0f} tokens/s, {written:,.0f} MB", refresh=False)
+
+    def _source_of(self, rows: np.ndarray):
+        """The deepest exact cache of a lower cut that has all these rows, and their numbers
+        there.
+        """
+        for layer, reader, table in self.sources:
+            numbers = table.find(self.keys.keys[rows])
+            if (numbers >= 0).all():
+                return layer, reader, numbers
+        return None
+
+    # -- after -------------------------------------------------------------------------------------
+
+    def _add(self, target: Target, entry: ShardEntry) -> None:
+        if entry.name not in target.state.entries:
+            target.state.shards[entry.name] = target.folder.read_shard(entry.name, entry)
+            target.state.entries[entry.name] = entry
+
+    def _save_index(self) -> None:
+        """After a failure: what is finished should be named, but the failure counts for more."""
+        if self.ranks.rank == 0:
+            for target in self.targets:
+                try:
+                    target.folder.write_index(target.state.entries.values())
+                except OSError:
+                    continue
+
+    def _planned_names(self, target: Target, shards: list[np.ndarray]) -> list[str]:
+        digest, names = target.folder.identity.digest, []
+        for rows in shards:
+            rows = rows[target.missing[rows]]
+            if len(rows):
+                names.append(shard_name(digest, self.keys.keys[rows]))
+        return names
+
+    def _seal(self, shards: list[np.ndarray]) -> None:
+        """Rank 0 waits for the shards of all and writes the index; the others wait for that."""
+        paths = [target.folder.path for target in self.targets]
+        if self.ranks.world > 1:
+            planned = [self._planned_names(target, shards) for target in self.targets]
+
+            def all_there() -> bool:
+                return all(
+                    (path / name).exists()
+                    for path, names in zip(paths, planned, strict=True)
+                    for name in names
+                )
+
+            def all_named() -> bool:
+                for target, names in zip(self.targets, planned, strict=True):
+                    named = {entry.name for entry in target.folder.read_index() or ()}
+                    if not named.issuperset(names):
+                        return False
+                return True
+
+            if self.ranks.rank == 0:
+                wait_until(all_there, paths, "the shards of the other processes")
+            else:
+                wait_until(all_named, paths, "process 0 to seal the cache")
+            for target in self.targets:
+                target.state.load(adopt=self.ranks.rank == 0)
+        if self.ranks.rank == 0:
+            for target in self.targets:
+                try:
+                    target.folder.write_index(target.state.entries.values())
+                except OSError as error:
+                    raise _cannot_write(target.folder.path, error) from None
+
+
+def _cannot_write(path: Path, error: OSError) -> CacheError:
+    return CacheError(
+        f"The cache folder {path} cannot be written: {error.strerror}; give a folder that can be "
+        "written, or a cache that has all the rows already."
+    )
+
+
+def _encode(values: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()
+
+
+def _decode(text: str, dtype) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype).copy()
+
+
+def exact_sources(
+    root: Path, model, compute_dtype: str | None, layers: list[int]
+) -> list[tuple[int, RowReader, KeyTable]]:
+    """Readers of the caches of lower cuts in `root` that keep every bit of what the model gives,
+    where reading them is cheaper than running their layers; deepest first.
+
+    Args:
+        root: folder of caches.
+        model, compute_dtype: as for identity_of.
+        layers: the cuts to fill.
+    """
+    found = []
+    for path in find_folders(root) if root.is_dir() else []:
+        try:
+            folder = Folder.read(path)
+            identity = folder.identity
+            if not (
+                identity.layer < min(layers)
+                and quantize.exact_for(identity.store, identity.compute_dtype)
+            ):
+                continue
+            place = cut(model, identity.layer)
+            if identity_of(place, identity.store, compute_dtype).digest != identity.digest:
+                continue
+            state = State(folder).load(adopt=False)
+        except CacheError:
+            continue  # not of this model, or damaged: the layers run
+        element = quantize.torch_dtype(identity.store).itemsize
+        device = device_of(place)
+        if state.shards and planner.continuing_pays(
+            identity.width, identity.layer, element, device
+        ):
+            table = RowTable.of(list(state.shards.items()))
+            plan = planner.Plan("page", "read once")
+            reader = RowReader(folder, table, plan, torch.device("cpu"))
+            found.append((identity.layer, reader, KeyTable(table.key)))
+    return sorted(found, key=lambda source: -source[0])
+
+
+def folder_size(path: Path) -> int:
+    """Bytes of all files of a cache."""
+    return sum(os.lstat(path / name).st_size for name in os.listdir(path))

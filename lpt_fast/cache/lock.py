@@ -1,0 +1,59 @@
+"""One builder at a time: a lock that the operating system takes back from a builder that dies."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .errors import CacheBusyError
+from .folder import LOCK
+
+
+def _holder(fd: int) -> str:
+    """Who holds the lock, as it wrote itself."""
+    try:
+        who = json.loads(os.pread(fd, 4096, 0))
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(who["since"])))
+        return f"process {int(who['pid'])} on {str(who['host'])[:64]} since {since}"
+    except (ValueError, KeyError, TypeError, OSError, OverflowError):
+        return "another process"
+
+
+@contextmanager
+def building(folder: Path, wait: float = 0) -> Iterator[None]:
+    """Holds the lock of a cache while its block runs.
+
+    Args:
+        folder: of the cache.
+        wait: seconds to wait for a builder that is at work.
+
+    Raises:
+        CacheBusyError: somebody else builds, and still does after `wait` seconds; says who.
+    """
+    fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        end = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise CacheBusyError(
+                        f"The cache {folder} is being built by {_holder(fd)}; wait for it (--wait "
+                        "SECONDS does), or use another folder."
+                    ) from None
+                time.sleep(min(0.2, max(0.01, end - time.monotonic())))
+        who = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
+        with suppress(OSError):  # a full disk: the lock holds all the same
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, json.dumps(who).encode(), 0)
+        yield
+    finally:
+        os.close(fd)

@@ -1,0 +1,156 @@
+"""Where rows are best read from, and whether a cache pays at all."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from .errors import CacheError
+
+TIERS = ("device", "pinned", "page", "disk")
+# Shares of what is free that a cache may take: a model trains beside it.
+DEVICE_SHARE, PINNED_SHARE, PAGE_SHARE = 0.5, 0.4, 0.7
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where rows are read from.
+
+    Attributes:
+        tier: "device": the whole cache lies on the GPU; "pinned": in host memory (page-locked where
+            it goes to a GPU); "page": files that the page cache holds; "disk": files that it does
+            not, asked for ahead of their use.
+        why: one sentence.
+    """
+
+    tier: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.tier}: {self.why}"
+
+
+def available_memory() -> int:
+    """Bytes of host memory that this process may still take: the machine's, its control group's or
+    its own limit's, whichever is least.
+    """
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, int(limit) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        free = min(free, soft - psutil.Process().memory_info().vms)
+    return max(0, free)
+
+
+def choose_tier(
+    cache_bytes: int,
+    device: torch.device,
+    tier: str = "auto",
+    host_free: int | None = None,
+    device_free: int | None = None,
+) -> Plan:
+    """The fastest tier that leaves room for training.
+
+    Args:
+        cache_bytes: of the hidden states.
+        device: where batches go.
+        tier: one of TIERS to take it whatever fits; "auto" to choose.
+        host_free, device_free: bytes; default: asked of the system.
+
+    Raises:
+        CacheError: an unknown tier.
+    """
+    if tier not in ("auto", *TIERS):
+        raise CacheError(f"`tier` must be auto, {', '.join(TIERS)}, got {tier!r}.")
+    if tier == "device" and device.type != "cuda":
+        return Plan("pinned", "device was asked for, and the device is the host's memory")
+    if tier != "auto":
+        return Plan(tier, "asked for")
+    host_free = available_memory() if host_free is None else host_free
+    size = _amount(cache_bytes)
+    if device.type == "cuda":
+        if device_free is None:
+            device_free = torch.cuda.mem_get_info(device)[0]
+        if cache_bytes <= DEVICE_SHARE * device_free:
+            return Plan("device", f"{size} fit beside {_amount(device_free)} free on the GPU")
+        if cache_bytes <= PINNED_SHARE * host_free:
+            return Plan(
+                "pinned",
+                f"{size} are too much for the GPU ({_amount(device_free)} free) and fit in host "
+                f"memory ({_amount(host_free)} free)",
+            )
+    if cache_bytes <= PAGE_SHARE * host_free:
+        return Plan("page", f"{size} fit in the page cache ({_amount(host_free)} free)")
+    return Plan(
+        "disk", f"{size} are more than memory holds ({_amount(host_free)} free): read ahead"
+    )
+
+
+def _amount(size: int) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+# Cautious figures for what has not been measured: floating-point operations and bytes a second.
+FLOPS = {"cuda": 1e14, "cpu": 5e10}
+DISK_RATE = 2e8
+
+
+def continuing_pays(width: int, layers: int, element: int, device: torch.device) -> bool:
+    """Whether reading rows at a lower cut costs less than running its layers again.
+
+    Args:
+        width: D.
+        layers: of the lower cut.
+        element: bytes of a number in its store.
+        device: that computes.
+    """
+    reading = width * element / DISK_RATE
+    running = 24 * width * width * layers / FLOPS.get(device.type, FLOPS["cuda"])
+    return reading < running
+
+
+@dataclass(frozen=True)
+class Payoff:
+    """Whether a cache pays for so many epochs."""
+
+    pays: bool
+    why: str
+
+    def __str__(self) -> str:
+        return self.why
+
+
+def payoff(epochs: float, forward: float, missing: float, reading: float) -> Payoff:
+    """Compares the lower layers of all epochs with filling and reading a cache.
+
+    Args:
+        epochs: planned, over all runs that will use the cache.
+        forward: seconds of the lower layers over all texts once.
+        missing: share of the tokens that the cache does not hold yet.
+        reading: seconds to read all texts once.
+    """
+    without = epochs * forward
+    with_cache = 1.1 * missing * forward + epochs * reading
+    even = "never"
+    if forward > reading:
+        even = f"from epoch {max(1, round(1.1 * missing * forward / (forward - reading) + 0.5))} on"
+    verdict = "pays" if with_cache < without else "does not pay"
+    return Payoff(
+        with_cache < without,
+        f"caching {verdict} for {epochs:g} epochs: the lower layers take {without:,.1f} s without "
+        f"it and {with_cache:,.1f} s with it (it pays {even})",
+    )

@@ -1,0 +1,133 @@
+"""Several processes that fill one cache: who they are, how they agree, how they wait.
+
+One short collective at the start, so that all work by the same plan; after that they look at files,
+so that no process hangs in a collective for another that died.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from .errors import CacheError
+
+DEADLINE = 600.0  # seconds without any progress of the others
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that torchrun or accelerate started.
+
+    Attributes:
+        rank, world: number of this process, and of all.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def of_environment(cls) -> Ranks:
+        """From torch.distributed where it runs, else from torchrun's variables."""
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        try:
+            ranks = cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        except ValueError:
+            ranks = cls(-1, 0)
+        if not 0 <= ranks.rank < ranks.world:
+            raise CacheError(
+                f"RANK={os.environ.get('RANK')} and WORLD_SIZE={os.environ.get('WORLD_SIZE')} do "
+                "not fit, expected 0 <= RANK < WORLD_SIZE; start with torchrun, or unset both."
+            )
+        return ranks
+
+    def agree(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `make` gives on rank 0 (a JSON object), on every rank; its CacheError likewise."""
+        if self.world == 1:
+            return make()
+        message = b""
+        if self.rank == 0:
+            try:
+                message = json.dumps({"value": make()}).encode()
+            except (CacheError, OSError) as error:
+                message = json.dumps({"error": str(error)}).encode()
+                self._share(message)
+                raise
+        content = json.loads(self._share(message))
+        if "error" in content:
+            raise CacheError(content["error"])
+        return content["value"]
+
+    def _share(self, message: bytes) -> bytes:
+        """Rank 0's bytes, on every rank."""
+        import torch
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            # The store that torchrun keeps for its processes. (A process group of our own would
+            # be in the way of the Trainer's.)
+            global _calls
+            _calls += 1
+            store, _, _ = next(dist.rendezvous("env://"))
+            key = f"lpt_fast/cache/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{_calls}"
+            if self.rank == 0:
+                store.set(key, message)
+                return message
+            store.wait([key], timedelta(seconds=DEADLINE))
+            return store.get(key)
+        group = dist.new_group(backend="gloo")
+        try:
+            size = torch.tensor([len(message)])
+            dist.broadcast(size, src=0, group=group)
+            data = torch.empty(int(size), dtype=torch.uint8)
+            if self.rank == 0:
+                data = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+            dist.broadcast(data, src=0, group=group)
+            return data.numpy().tobytes()
+        finally:
+            dist.destroy_process_group(group)
+
+
+_calls = 0  # every rank counts alike
+
+
+def wait_until(
+    done: Callable[[], bool], folders: Iterable[Path], what: str, deadline: float = DEADLINE
+) -> None:
+    """Waits for `done`, as long as files in `folders` change.
+
+    Raises:
+        CacheError: nothing changed for `deadline` seconds; says what was waited for.
+    """
+    folders = list(folders)
+    state, since = None, time.monotonic()
+    while not done():
+        now = [_state(folder) for folder in folders]
+        if now != state:
+            state, since = now, time.monotonic()
+        elif time.monotonic() - since > deadline:
+            raise CacheError(
+                f"Nothing happened for {deadline:.0f} s while waiting for {what}, so a process "
+                "seems to have died; what is finished stays, start again."
+            )
+        time.sleep(0.05)
+
+
+def _state(folder: Path) -> list[tuple]:
+    out = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            try:
+                info = entry.stat(follow_symlinks=False)
+                out.append((entry.name, info.st_size, info.st_mtime_ns))
+            except FileNotFoundError:
+                continue
+    return sorted(out)

@@ -1,0 +1,352 @@
+"""Reading rows into packed batches: from the device, from memory, or from the files.
+
+Files are read by `pread` straight into the batch and hashed there while they are in the
+processor's cache. Mapping them instead would be no faster, would count against limits on address
+space, and would end the process where a file is cut short under it.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from ..packing import PackedBatch
+from .errors import CacheError, CorruptCacheError, MissingRowsError
+from .folder import Folder
+from .index import RowTable
+from .planner import Plan
+from .quantize import FLOATS, decode, torch_dtype
+from .shard import REPAIR, open_file
+
+OPEN_FILES = 256  # shards held open; more are closed and opened again
+AHEAD_ROWS = 256  # rows asked of a cold disk before they are needed
+CHECKS = ("read", "never")
+
+
+class ShardFiles:
+    """Descriptors of the shards, opened when they are needed. Safe for several threads."""
+
+    def __init__(self, folder: Folder, names: list[str]):
+        self.folder, self.names = folder, names
+        self._open: OrderedDict[int, os.PathLike] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, shard: int):
+        """An open raw file. While somebody holds it, it stays open, also when it is let go here."""
+        with self._lock:
+            file = self._open.get(shard)
+            if file is None:
+                fd, _ = open_file(self.folder.path / self.names[shard])
+                file = self._open[shard] = os.fdopen(fd, "rb", buffering=0)
+                if len(self._open) > OPEN_FILES:
+                    self._open.popitem(last=False)
+            else:
+                self._open.move_to_end(shard)
+            return file
+
+    def close(self) -> None:
+        with self._lock:
+            self._open.clear()
+
+
+class RowReader:
+    """Rows of one cache as packed batches.
+
+    Args:
+        folder, table: the cache.
+        plan: where rows are read from (planner.py).
+        device: where batches go.
+        check: "read": every row's hash is compared on every read from a file; "never": not at all.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        table: RowTable,
+        plan: Plan,
+        device: torch.device,
+        check: str = "read",
+    ):
+        if check not in CHECKS:
+            raise CacheError(f"`check` must be one of {', '.join(CHECKS)}, got {check!r}.")
+        self.folder, self.table, self.plan, self.device = folder, table, plan, device
+        self.check = check
+        self.files = ShardFiles(folder, table.names)
+        identity = folder.identity
+        self._store = identity.store
+        self._dtype = torch_dtype(identity.store)
+        self._row_bytes = identity.width * self._dtype.itemsize
+        self._channel = (
+            None if folder.channel_scale is None else torch.from_numpy(folder.channel_scale)
+        )
+        self._resident: Tensor | None = None  # [T, D] of the whole cache in memory
+        self._on_device = None
+        self.rows_read = self.bytes_read = 0
+
+    # -- whole batches -----------------------------------------------------------------------------
+
+    def read(
+        self, rows: np.ndarray, room: int = 0, dtype: torch.dtype | None = None
+    ) -> PackedBatch:
+        """A batch on `device`. Arguments as of ActivationCache.read; rows are valid numbers."""
+        out_dtype = dtype or FLOATS.get(self._store, torch.bfloat16)
+        lengths = self.table.length[rows]
+        cu_seqlens = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
+        tokens = self.table.tokens_of(rows)
+        if self.plan.tier == "device" and self.device.type == "cuda":
+            hidden = self._from_device(rows, room, out_dtype, int(cu_seqlens[-1]))
+        else:
+            hidden = self._to_device(self._from_host(rows, lengths, tokens, room, out_dtype))
+        self.rows_read += len(rows)
+        self.bytes_read += len(tokens) * self._row_bytes
+        batch = PackedBatch(
+            hidden,
+            cu_seqlens,
+            max_seqlen=int(lengths.max()) if len(lengths) else 0,
+            room=room,
+            input_ids=torch.from_numpy(self.table.input_ids[tokens].astype(np.int64)),
+            position_ids=self._positions(tokens, lengths),
+            layer=self.folder.identity.layer,
+            identity=self.folder.identity.digest,
+            store=self._store,
+            compute_dtype=self.folder.identity.compute_dtype,
+        )
+        return batch if self.device.type == "cpu" else batch.to(self.device, non_blocking=True)
+
+    def _positions(self, tokens: np.ndarray, lengths: np.ndarray) -> Tensor | None:
+        """Position ids where a text came with its own; the others count from 0."""
+        if self.table.position_ids is None:
+            return None
+        positions = self.table.position_ids[tokens].astype(np.int64)
+        if (positions < 0).all():
+            return None
+        counted = np.arange(len(tokens)) - np.repeat(lengths.cumsum() - lengths, lengths)
+        return torch.from_numpy(np.where(positions < 0, counted, positions))
+
+    def _to_device(self, hidden: Tensor) -> Tensor:
+        return hidden if self.device.type == "cpu" else hidden.to(self.device, non_blocking=True)
+
+    def _from_host(self, rows, lengths, tokens, room, dtype) -> Tensor:
+        """[T + B room, D] in host memory (pinned where it goes to a GPU)."""
+        plain = self._store in FLOATS
+        gap = room if plain else 0
+        size = int(lengths.sum()) + len(rows) * gap
+        pin = self.device.type == "cuda"
+        codes = torch.empty(size, self.folder.identity.width, dtype=self._dtype, pin_memory=pin)
+        self._fill(rows, lengths, gap, codes)
+        if plain:
+            return codes if codes.dtype == dtype else codes.to(dtype)
+        scale = torch.from_numpy(self.table.token_scale[tokens])
+        text = decode(codes, dtype, scale, self._channel)
+        if room == 0:
+            return text
+        out = torch.empty(len(text) + len(rows) * room, text.shape[1], dtype=dtype, pin_memory=pin)
+        place = np.arange(len(text)) + room * (1 + np.repeat(np.arange(len(rows)), lengths))
+        return out.index_copy_(0, torch.from_numpy(place), text)
+
+    def _fill(self, rows, lengths, gap, out: Tensor) -> None:
+        """Codes of `rows` one after another, each after `gap` rows that are left as they are."""
+        if len(rows) == 0:
+            return
+        target = memoryview(out.view(torch.uint8).numpy().reshape(-1))
+        sizes = (lengths * self._row_bytes).tolist()
+        skip = gap * self._row_bytes
+        place = skip
+        if self.plan.tier in ("device", "pinned"):
+            source = self._load()
+            for start, size in zip(
+                (self.table.token[rows] * self._row_bytes).tolist(), sizes, strict=True
+            ):
+                target[place : place + size] = source[start : start + size]
+                place += size + skip
+            return
+        table, check = self.table, self.check == "read"
+        shards = table.shard[rows].tolist()
+        files = {shard: self.files.get(shard) for shard in set(shards)}
+        fds = {shard: file.fileno() for shard, file in files.items()}
+        pread, digest = os.preadv, xxhash.xxh3_64_intdigest
+        for i, (shard, offset, size, wanted) in enumerate(
+            zip(shards, table.offset[rows].tolist(), sizes, table.hash[rows].tolist(), strict=True)
+        ):
+            view = target[place : place + size]
+            got = pread(fds[shard], [view], offset)
+            if got != size:
+                self._read_rest(files[shard], view, got, offset, int(rows[i]))
+            if check and digest(view) != wanted:
+                raise self._corrupt(int(rows[i]), "does not match its hash")
+            place += size + skip
+
+    def _read_rest(self, file, view: memoryview, got: int, offset: int, row: int) -> None:
+        while got < len(view):
+            more = os.preadv(file.fileno(), [view[got:]], offset + got)
+            if more == 0:
+                raise self._corrupt(row, "is cut short")
+            got += more
+
+    def _corrupt(self, row: int, what: str) -> CorruptCacheError:
+        name = self.table.names[self.table.shard[row]]
+        return CorruptCacheError(
+            f"Row {row} of the cache (in {self.folder.path / name}) {what}, so it was not used; "
+            f"{REPAIR}"
+        )
+
+    # -- the whole cache in memory -----------------------------------------------------------------
+
+    def _load(self) -> memoryview:
+        """The hidden states of all rows in host memory, read and checked once."""
+        if self._resident is None:
+            width = self.folder.identity.width
+            pin = self.device.type == "cuda"
+            whole = torch.empty(self.table.num_tokens, width, dtype=self._dtype, pin_memory=pin)
+            target = memoryview(whole.view(torch.uint8).numpy().reshape(-1))
+            sizes = (self.table.length * self._row_bytes).tolist()
+            place = 0
+            for row, (shard, offset, size, wanted) in enumerate(
+                zip(
+                    self.table.shard.tolist(),
+                    self.table.offset.tolist(),
+                    sizes,
+                    self.table.hash.tolist(),
+                    strict=True,
+                )
+            ):
+                view = target[place : place + size]
+                self._read_rest(self.files.get(shard), view, 0, offset, row)
+                if self.check == "read" and xxhash.xxh3_64_intdigest(view) != wanted:
+                    raise self._corrupt(row, "does not match its hash")
+                place += size
+            self._resident = whole
+        return memoryview(self._resident.view(torch.uint8).numpy().reshape(-1))
+
+    def device_store(self):
+        """The whole cache on the device, as `lpt_kernels.gather.Store`."""
+        from lpt_kernels.gather import Store
+
+        if self._on_device is None:
+            self._load()
+            scale = self.table.token_scale
+            ends = np.concatenate([self.table.token, [self.table.num_tokens]])
+            self._on_device = Store(
+                self._resident.to(self.device),
+                torch.from_numpy(ends).to(self.device),
+                None if scale is None else torch.from_numpy(scale).to(self.device),
+                None if self._channel is None else self._channel.to(self.device),
+            )
+            if self.device.type != "cpu":
+                self._resident = None  # once is enough
+        return self._on_device
+
+    def _from_device(self, rows, room, dtype, total) -> Tensor:
+        from lpt_kernels.gather import gather_rows
+
+        index = torch.from_numpy(rows).to(self.device, non_blocking=True)
+        return gather_rows(self.device_store(), index, room, total=total, dtype=dtype)[0]
+
+    # -- batches ahead of their use ----------------------------------------------------------------
+
+    def advise(self, rows: np.ndarray) -> None:
+        """Asks the disk for rows that will be read soon."""
+        sizes = (self.table.length[rows] * self._row_bytes).tolist()
+        places = zip(
+            self.table.shard[rows].tolist(), self.table.offset[rows].tolist(), sizes, strict=True
+        )
+        for shard, offset, size in places:
+            os.posix_fadvise(self.files.get(shard).fileno(), offset, size, os.POSIX_FADV_WILLNEED)
+
+    def batches(
+        self, order: Iterable[np.ndarray], room: int, dtype: torch.dtype | None, prefetch: int
+    ) -> Iterator[PackedBatch]:
+        """Batches in the given order, read on one background thread, `prefetch` ahead of use."""
+        if prefetch < 1:
+            for rows in order:
+                yield self.read(rows, room, dtype)
+            return
+        ready: queue.Queue = queue.Queue(maxsize=prefetch)
+        stop = threading.Event()
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+        def hand_over(item) -> bool:
+            while not stop.is_set():
+                try:
+                    ready.put(item, timeout=0.1)
+                    return True
+                except queue.Full:
+                    continue
+            return False
+
+        def work() -> None:
+            try:
+                for rows in self._looking_ahead(order):
+                    with torch.cuda.stream(stream):
+                        batch = self.read(rows, room, dtype)
+                        event = stream.record_event() if stream is not None else None
+                    if not hand_over((batch, event)):
+                        return
+                hand_over(None)
+            except BaseException as error:
+                hand_over(error)
+
+        thread = threading.Thread(target=work, name="lpt-fast cache reader", daemon=True)
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                batch, event = item
+                if event is not None:
+                    current = torch.cuda.current_stream(self.device)
+                    current.wait_event(event)
+                    for value in vars(batch).values():
+                        if isinstance(value, Tensor):  # made on the other stream, used on this
+                            value.record_stream(current)
+                yield batch
+        finally:
+            stop.set()
+            thread.join()
+
+    def _looking_ahead(self, order: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """The same order; on a cold disk, rows are asked for AHEAD_ROWS before their turn."""
+        if self.plan.tier != "disk":
+            yield from order
+            return
+        waiting: deque[np.ndarray] = deque()
+        ahead = 0
+        for rows in order:
+            self.advise(rows)
+            waiting.append(rows)
+            ahead += len(rows)
+            while ahead - len(waiting[0]) >= AHEAD_ROWS:
+                ahead -= len(waiting[0])
+                yield waiting.popleft()
+        yield from waiting
+
+
+def check_rows(rows, count: int) -> np.ndarray:
+    """Row numbers as int64 [B].
+
+    Raises:
+        CacheError: no whole numbers, or one that the cache does not have.
+    """
+    if isinstance(rows, Tensor):
+        rows = rows.detach().cpu().numpy()
+    array = np.asarray(rows)
+    if array.ndim != 1 or (array.dtype.kind not in "iu" and len(array)):
+        raise CacheError(
+            f"Rows must be a list of whole numbers, got {array.dtype} of the shape "
+            f"{list(array.shape)}."
+        )
+    if len(array) and (array.min() < 0 or array.max() >= count):
+        bad = int(array.min() if array.min() < 0 else array.max())
+        raise MissingRowsError(
+            f"The cache has no row {bad}, expected 0 .. {count - 1}; `ensure(model, dataset)` "
+            "gives the rows of a data set."
+        )
+    return array.astype(np.int64)
