@@ -15,11 +15,20 @@ import sys
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "ActivationCache": "cache",
     "LPTConfig": "config",
     "LPTModel": "tuner",
     "LatePrompt": "late_prompt",
+    "PackedBatch": "packing",
 }
-__all__ = ["LPTConfig", "LPTModel", "LatePrompt", "__version__"]
+__all__ = [
+    "ActivationCache",
+    "LPTConfig",
+    "LPTModel",
+    "LatePrompt",
+    "PackedBatch",
+    "__version__",
+]
 
 
 def __getattr__(name: str):

@@ -1,21 +1,18 @@
-"""The settings of the command line: one dataclass a command, from defaults, then a YAML file, then
-flags.
+"""The settings of the command line: one dataclass a command (settings.py fills them).
 
 Names are those of Hugging Face's example scripts and TrainingArguments. Imports nothing heavy.
 """
 
 from __future__ import annotations
 
-import difflib
-import types
-import typing
-from dataclasses import MISSING, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 METHODS = ("lpt", "head", "lora", "prompt_tuning", "full")
 ADAPTER_METHODS = ("lpt", "lora", "prompt_tuning")  # the others save a whole model
 FORMULATIONS = ("classification", "cloze")
+TORCH_DTYPES = ("float32", "bfloat16", "float16")
+STORES = ("bf16", "fp32", "fp16", "int8c", "fp8")
 
 
 def _option(default: Any, help: str, panel: str) -> Any:
@@ -153,7 +150,7 @@ class TrainArguments(DataArguments):
     def __post_init__(self):
         _one_of("method", self.method, METHODS)
         _one_of("formulation", self.formulation, FORMULATIONS)
-        _one_of("torch_dtype", self.torch_dtype, ("float32", "bfloat16", "float16"))
+        _one_of("torch_dtype", self.torch_dtype, TORCH_DTYPES)
         if not self.model:
             raise ValueError(
                 "`--model` is missing: give a hub name such as roberta-large, or a local folder."
@@ -247,75 +244,100 @@ class PredictArguments:
             raise ValueError("`--adapter` is missing: give the folder that `lpt-fast train` wrote.")
 
 
+@dataclass
+class PrecomputeArguments(DataArguments):
+    """Settings of `lpt-fast precompute`. What changes a text's tokens has the names and defaults
+    of `lpt-fast train`, which then finds them.
+    """
+
+    model: str | None = _option(None, "Model: a hub name or a local folder.", "Model")
+    torch_dtype: str = _option(
+        "float32", "Dtype of the frozen model: float32, bfloat16 or float16.", "Model"
+    )
+    insertion_layer: str | None = _option(
+        None,
+        "k: after how many layers to cut; several with commas between (12,16,20) are filled in one "
+        "pass. Default: half.",
+        "Model",
+    )
+    compute_dtype: str | None = _option(
+        None, "bfloat16 or float16: run under autocast. Default: as the model is.", "Model"
+    )
+
+    formulation: str = _option(
+        "classification", "'classification' or 'cloze' (the task's template is put in).", "Data"
+    )
+    task: str | None = _option(
+        None, "One of the paper's tasks (sst2, mpqa, ...) or your own YAML file.", "Data"
+    )
+    dataset: str | None = _option(
+        None, "A hub data set such as glue/sst2, or a folder; all its splits are read.", "Data"
+    )
+    train_file: str | None = _option(None, "csv, tsv, json, jsonl or parquet file.", "Data")
+    validation_file: str | None = _option(None, "The same.", "Data")
+    test_file: str | None = _option(None, "The same.", "Data")
+
+    out: str | None = _option(None, "Folder of caches; made where there is none.", "Cache")
+    store: str = _option("bf16", f"How rows are kept: {', '.join(STORES)}.", "Cache")
+    max_cache_gb: float | None = _option(
+        None, "Most GB (10^9 bytes) that one cache may take. Default: what is free.", "Cache"
+    )
+    shard_mb: float = _option(256.0, "MB of a file, at most.", "Cache")
+    dry_run: bool = _option(
+        False,
+        "Say what would be computed, how long it takes and whether it pays; write nothing.",
+        "Cache",
+    )
+    num_train_epochs: float = _option(
+        5.0, "Epochs planned, of all runs together, for --dry_run's advice.", "Cache"
+    )
+
+    batch_tokens: int | None = _option(
+        None, "Tokens of a batch, padding counted. Default: what suits the device.", "Run"
+    )
+    wait: float = _option(0.0, "Seconds to wait while another process builds.", "Run")
+    use_cpu: bool = _option(False, "Stay on the CPU where there is a GPU.", "Run")
+
+    def __post_init__(self):
+        _one_of("formulation", self.formulation, FORMULATIONS)
+        _one_of("torch_dtype", self.torch_dtype, TORCH_DTYPES)
+        _one_of("store", self.store, STORES)
+        if not self.model:
+            raise ValueError(
+                "`--model` is missing: give a hub name such as roberta-large, or a local folder."
+            )
+        if not self.out:
+            raise ValueError("`--out` is missing: give a folder for the cache.")
+        if not (self.dataset or self.train_file or self.validation_file or self.test_file):
+            raise ValueError("There are no texts: give --train_file or --dataset.")
+        if self.formulation == "cloze" and not self.task:
+            raise ValueError(
+                "`--formulation cloze` needs a template: give --task (a name or a YAML)."
+            )
+        if self.compute_dtype is not None:
+            _one_of("compute_dtype", self.compute_dtype, TORCH_DTYPES)
+        for name in ("max_length", "batch_tokens", "max_cache_gb", "shard_mb"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"`--{name}` must be above 0, got {value}.")
+        self.layers()
+
+    def layers(self) -> list[int] | None:
+        """The cuts; None: half the layers."""
+        if self.insertion_layer is None:
+            return None
+        try:
+            layers = [int(part) for part in self.insertion_layer.split(",")]
+        except ValueError:
+            layers = []
+        if not layers or min(layers) < 1 or len(set(layers)) != len(layers):
+            raise ValueError(
+                "`--insertion_layer` must be a layer, or different ones with commas between, got "
+                f"{self.insertion_layer!r}."
+            )
+        return layers
+
+
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"`--{name}` must be one of {', '.join(allowed)}, got {value!r}.")
-
-
-def default_of(f) -> Any:
-    return f.default_factory() if f.default is MISSING else f.default
-
-
-def _convert(source: str, name: str, value: Any, hint: Any) -> Any:
-    """A YAML value as the type of its field. YAML reads 1e-3 as a string, and people write it."""
-    kinds = [t for t in typing.get_args(hint) if t is not type(None)] or [hint]
-    optional = isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
-    if value is None and optional:
-        return None
-    kind = kinds[0]
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind is str and isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value)
-    if (
-        kind in (int, float)
-        and isinstance(value, str | int | float)
-        and not isinstance(value, bool)
-    ):
-        try:
-            number = float(value)
-            if kind is float or number.is_integer():
-                return kind(number)
-        except ValueError:
-            pass
-    raise ValueError(f"{source}: `{name}` must be of type {kind.__name__}, got {value!r}.")
-
-
-def read_yaml(path: str, cls: type) -> dict[str, Any]:
-    """Settings from a YAML file, checked against the fields of `cls`.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, no mapping, an unknown key (with the nearest
-            known one), a value of the wrong type.
-    """
-    import yaml
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no configuration file {path}.")
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold `key: value` lines, got a {type(content).__name__}.")
-    hints = typing.get_type_hints(cls)
-    known = {f.name for f in fields(cls)}
-    for key in content:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            way = (
-                f"did you mean `{near[0]}`?"
-                if near
-                else f"known keys are {', '.join(sorted(known))}."
-            )
-            raise ValueError(f"{path}: unknown key `{key}`; {way}")
-    return {key: _convert(path, key, value, hints[key]) for key, value in content.items()}
-
-
-def merge(cls: type, config: str | None, flags: dict[str, Any]):
-    """An instance of `cls`: defaults, then the YAML file `config`, then the flags that were
-    given (not None).
-    """
-    settings = read_yaml(config, cls) if config else {}
-    settings.update({name: value for name, value in flags.items() if value is not None})
-    return cls(**settings)

@@ -1,11 +1,10 @@
-"""The command line: lpt-fast demo | train | eval | predict | env. Heavy imports wait until a
-command runs.
+"""The command line: lpt-fast demo | precompute | train | eval | predict | cache | env. Heavy
+imports wait until a command runs.
 """
 
 from __future__ import annotations
 
 import inspect
-import os
 import sys
 import typing
 from dataclasses import fields
@@ -13,7 +12,10 @@ from typing import Any
 
 import typer
 
-from .arguments import EvalArguments, PredictArguments, TrainArguments, default_of, merge
+from .arguments import EvalArguments, PrecomputeArguments, PredictArguments, TrainArguments
+from .cli_cache import cache_app
+from .console import clean_errors, metrics_table, percent, table
+from .settings import default_of, merge
 
 app = typer.Typer(
     add_completion=False,
@@ -22,6 +24,7 @@ app = typer.Typer(
     help="Late Prompt Tuning: train, evaluate and use prompts made from a frozen model's own "
     "hidden states.",
 )
+app.add_typer(cache_app, name="cache")
 
 
 def _command(cls: type):
@@ -80,24 +83,6 @@ def _command(cls: type):
     return decorate
 
 
-class clean_errors:
-    """Wrong input is one sentence on stderr and exit code 2; anything else keeps its traceback.
-
-    LPT_FAST_TRACEBACK=1 shows where the sentence comes from.
-    """
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if kind is not None and issubclass(kind, (ValueError, OSError)):
-            if os.environ.get("LPT_FAST_TRACEBACK"):
-                return False
-            typer.secho(f"lpt-fast: {error}", fg="red", err=True)
-            raise typer.Exit(2) from None
-        return False
-
-
 def _quiet() -> None:
     """Leaves the screen to progress bars and results."""
     import warnings
@@ -107,32 +92,6 @@ def _quiet() -> None:
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def table(rows: list[list[str]]) -> str:
-    """Rows of cells as aligned text; the first row is the header."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def metrics_table(splits: dict[str, dict[str, float]]) -> str:
-    rows = [["split", "examples", "accuracy", "F1", "MCC"]]
-    for name, m in splits.items():
-        rows.append(
-            [name, str(m["examples"]), percent(m["accuracy"]), percent(m["f1"]), f"{m['mcc']:.3f}"]
-        )
-    return table(rows)
 
 
 @_command(TrainArguments)
@@ -171,6 +130,16 @@ def predict(args: PredictArguments) -> None:
 
     _quiet()
     run(args, sys.stdin, sys.stdout)
+
+
+@_command(PrecomputeArguments)
+def precompute(args: PrecomputeArguments) -> None:
+    """Fill a cache with what the frozen layers give for every text, once and for all."""
+    from .precompute import precompute as run
+
+    _quiet()
+    for line in run(args):
+        typer.echo(line)
 
 
 @app.command()

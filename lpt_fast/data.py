@@ -208,6 +208,31 @@ def cannot_load(what: str, name: str, error: Exception) -> str:
     return f"Cannot load the {what} of {name!r}{where}: {first}"
 
 
+def checked_max_length(asked: int | None, limit: int, model: str, tokenizer) -> int:
+    """Most tokens of an example: what was asked for, else 128 or what the model takes.
+
+    Args:
+        asked: `--max_length`, or None.
+        limit: what the model takes.
+        model: its name, for messages.
+        tokenizer: of the model.
+
+    Raises:
+        ValueError: more than the model takes, or no room for text.
+    """
+    if asked is not None and asked > limit:
+        raise ValueError(
+            f"`--max_length` is {asked}, but {model} takes {limit} tokens; give at most {limit}."
+        )
+    least = tokenizer.num_special_tokens_to_add(pair=False) + 1
+    if asked is not None and asked < least:
+        raise ValueError(
+            f"`--max_length` is {asked}, which leaves no room for text beside the special tokens; "
+            f"give at least {least}."
+        )
+    return asked or min(128, limit)
+
+
 def text_columns_of(task: TaskSpec | None, text_column: str | None) -> list[str] | None:
     """The text columns as given, with a comma between two; None where a task names them; else
     'text'.

@@ -69,7 +69,7 @@ def run(model: str | None, output_dir: str, epochs: float, seed: int) -> dict:
     sizes = ", ".join(f"{n} {split}" for split, n in counts.items())
     typer.echo(f"   {sizes} sentences, written to {folder / 'data'}")
 
-    from .cli import percent, table
+    from .console import percent, table
     from .training import train
 
     results = {}

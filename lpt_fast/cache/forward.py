@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backbone.lower import run_between, run_lower_at
-from .identity import Place, own_dtype
+from .identity import Place, own_dtype, plain_dtype
 from .rows import Text
 
 # Tokens of a batch, padding counted: large enough to keep the device busy, small enough that the
@@ -73,6 +73,9 @@ class Runner:
         self.pad_id = getattr(place.backbone.config, "pad_token_id", None) or 0
         own = own_dtype(place.lower)
         self._autocast = None if compute_dtype == own else getattr(torch, compute_dtype)
+        # What hidden states are in. Under autocast, or with weights of several dtypes, they may be
+        # in a wider one than they are computed in.
+        self.dtype = plain_dtype(place.lower) if self._autocast is None else None
 
     def _precision(self):
         """Under a caller's autocast, rows would depend on who asked for them."""
@@ -102,7 +105,7 @@ class Runner:
             else:
                 kept = {n: inputs[n] for n in ("attention_mask", "position_ids") if n in inputs}
                 kept["return_dict"] = True
-                hidden = hidden.to(self.device)
+                hidden = hidden.to(self.device, self.dtype)
                 states = run_between(backbone, family, below, self.layers, hidden, kept)
         full = mask.numel() == sum(len(text) for text in texts)
         return {

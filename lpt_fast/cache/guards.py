@@ -71,12 +71,11 @@ def check_batch(late: LatePrompt, batch: PackedBatch) -> None:
     """
     layer = late.active_config.insertion_layer
     seen = late.__dict__.setdefault("_seen_identities", {})
-    state = seen.get((batch.identity, layer))
-    if state is not None and state[0] == fingerprint(state[1].lower):
-        return
-    place = state[1] if state is not None else cut(late.backbone, layer)
-    check_frozen(place)
+    place = cut(late.backbone, layer)  # anew: modules may have been replaced
     before = fingerprint(place.lower)
+    if before == seen.get((batch.identity, layer), (None,))[0]:
+        return
+    check_frozen(place)
     own = identity_of(place, batch.store or "bf16", batch.compute_dtype)
     if own.digest != batch.identity:
         raise CacheError(
@@ -84,4 +83,5 @@ def check_batch(late: LatePrompt, batch: PackedBatch) -> None:
             f"{batch.identity[:12]}, this model's would be {own.digest[:12]}); open the cache "
             "with this model, or fill one with `lpt-fast precompute`."
         )
+    # (What was hashed is held, so that nothing else can come to lie at its addresses.)
     seen[batch.identity, layer] = (before, place)

@@ -197,6 +197,12 @@ def own_dtype(lower: nn.Module) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def plain_dtype(lower: nn.Module) -> torch.dtype | None:
+    """The dtype of all weights below the cut, None where they are mixed."""
+    found = {p.dtype for p in lower.parameters() if p.is_floating_point()}
+    return found.pop() if len(found) == 1 else None
+
+
 def identity_of(place: Place, store: str = "bf16", compute_dtype: str | None = None) -> Identity:
     """The identity of the cache that holds what `place` gives.
 

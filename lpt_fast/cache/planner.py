@@ -77,26 +77,25 @@ def choose_tier(
     if tier != "auto":
         return Plan(tier, "asked for")
     host_free = available_memory() if host_free is None else host_free
-    size = _amount(cache_bytes)
+    size = amount(cache_bytes)
     if device.type == "cuda":
         if device_free is None:
             device_free = torch.cuda.mem_get_info(device)[0]
         if cache_bytes <= DEVICE_SHARE * device_free:
-            return Plan("device", f"{size} fit beside {_amount(device_free)} free on the GPU")
+            return Plan("device", f"{size} fit beside {amount(device_free)} free on the GPU")
         if cache_bytes <= PINNED_SHARE * host_free:
             return Plan(
                 "pinned",
-                f"{size} are too much for the GPU ({_amount(device_free)} free) and fit in host "
-                f"memory ({_amount(host_free)} free)",
+                f"{size} are too much for the GPU ({amount(device_free)} free) and fit in host "
+                f"memory ({amount(host_free)} free)",
             )
     if cache_bytes <= PAGE_SHARE * host_free:
-        return Plan("page", f"{size} fit in the page cache ({_amount(host_free)} free)")
-    return Plan(
-        "disk", f"{size} are more than memory holds ({_amount(host_free)} free): read ahead"
-    )
+        return Plan("page", f"{size} fit in the page cache ({amount(host_free)} free)")
+    return Plan("disk", f"{size} are more than memory holds ({amount(host_free)} free): read ahead")
 
 
-def _amount(size: int) -> str:
+def amount(size: float) -> str:
+    """Bytes as people read them."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

@@ -24,9 +24,13 @@ def torch_dtype(store: str) -> torch.dtype:
     return torch.float8_e4m3fn if store == "fp8" else FLOATS[store]
 
 
-def exact_for(store: str, compute_dtype: str) -> bool:
-    """Whether a store keeps every bit of what is computed in `compute_dtype`."""
-    return store == "fp32" or {"bf16": "bfloat16", "fp16": "float16"}.get(store) == compute_dtype
+def exact_for(store: str, dtype: torch.dtype | None) -> bool:
+    """Whether a store keeps every bit of hidden states of `dtype` (None: not known, but no more
+    than float32).
+    """
+    if dtype is None:
+        return store == "fp32"
+    return FLOATS.get(store) == dtype or (store == "fp32" and dtype.itemsize <= 4)
 
 
 def calibrate(hidden: Tensor) -> Tensor:
@@ -45,7 +49,9 @@ def _round_up_to_bf16(scale: Tensor) -> Tensor:
     nothing is clipped.
     """
     bits = scale.view(torch.int32)
-    return ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32)
+    rounded = ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32)
+    # (The bits of some NaNs, those of GPUs among them, would run over and come out as zero.)
+    return torch.where(scale.isfinite(), rounded, scale)
 
 
 def encode(hidden: Tensor, store: str, channel_scale: Tensor | None) -> tuple[Tensor, Tensor]:

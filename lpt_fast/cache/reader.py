@@ -259,7 +259,8 @@ class RowReader:
             self.table.shard[rows].tolist(), self.table.offset[rows].tolist(), sizes, strict=True
         )
         for shard, offset, size in places:
-            os.posix_fadvise(self.files.get(shard).fileno(), offset, size, os.POSIX_FADV_WILLNEED)
+            file = self.files.get(shard)  # held while it is used
+            os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
 
     def batches(
         self, order: Iterable[np.ndarray], room: int, dtype: torch.dtype | None, prefetch: int

@@ -10,6 +10,7 @@ differs by a bit is refused before anything is allocated for it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -202,6 +203,19 @@ def read_exactly(fd: int, size: int, offset: int, path: Path) -> bytes:
         parts.append(part)
         size, offset = size - len(part), offset + len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def write_all(fd: int, data: memoryview, offset: int) -> None:
+    while len(data):
+        done = os.pwrite(fd, data, offset)
+        data, offset = data[done:], offset + done
+
+
+def shard_name(identity: str, keys: np.ndarray) -> str:
+    """Of the shard that holds the rows with these keys, in this order."""
+    state = hashlib.blake2b(identity.encode(), digest_size=16)
+    state.update(np.ascontiguousarray(keys).tobytes())
+    return f"{state.hexdigest()}.safetensors"
 
 
 REPAIR = (

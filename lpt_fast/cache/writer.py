@@ -5,7 +5,6 @@ that hashing, checks and the disk overlap with the forward.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import queue
 import threading
@@ -24,16 +23,9 @@ from .documents import sync_folder
 from .errors import CacheError
 from .folder import Folder, ShardEntry
 from .rows import Text
-from .shard import KEY_BYTES, QUANTISED, Layout, build_head
+from .shard import KEY_BYTES, QUANTISED, Layout, build_head, shard_name, write_all
 
 QUEUED_BATCHES = 2  # that wait for the writer; with the one being written, three are in memory
-
-
-def shard_name(identity: str, keys: np.ndarray) -> str:
-    """Of the shard that holds the rows with these keys, in this order."""
-    state = hashlib.blake2b(identity.encode(), digest_size=16)
-    state.update(np.ascontiguousarray(keys).tobytes())
-    return f"{state.hexdigest()}.safetensors"
 
 
 def _pick(texts: Sequence[Text], name: str) -> np.ndarray | None:
@@ -162,12 +154,6 @@ class ShardWriter:
             os.close(self.fd)
             self.fd = -1
         self.part.unlink(missing_ok=True)
-
-
-def write_all(fd: int, data: memoryview, offset: int) -> None:
-    while len(data):
-        done = os.pwrite(fd, data, offset)
-        data, offset = data[done:], offset + done
 
 
 class disk_errors:

