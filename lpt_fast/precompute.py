@@ -129,7 +129,8 @@ def precompute(args: PrecomputeArguments) -> Iterator[str]:
     _, backbone, family = find_backbone(model)
     layers = args.layers() or [max(1, len(get_layers(backbone, family)) // 2)]
     examples = tokenised(args, model)
-    first = Ranks.of_environment().rank == 0
+    ranks = Ranks.of_environment()
+    first = ranks.rank == 0
     if args.dry_run:
         if first:
             yield from dry_run(args, model, layers, examples)
@@ -152,6 +153,7 @@ def precompute(args: PrecomputeArguments) -> Iterator[str]:
         f"{report.rows:,} texts ({report.unique:,} different): {report.computed:,} computed, "
         f"{report.tokens:,} tokens, {amount(report.bytes)} in {report.seconds:.1f} s"
         + (f", from layer {report.continued_from} on" if report.continued_from else "")
+        + (f" (the share of the first of {ranks.world} processes)" if ranks.world > 1 else "")
     )
     yield from folders_of(Path(args.out))
 
