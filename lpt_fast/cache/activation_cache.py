@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..backbone.families import FAMILIES
 from ..packing import PackedBatch
 from . import canary as canaries
 from .build import (
@@ -28,7 +29,7 @@ from .guards import check_frozen
 from .identity import Identity, Place, cut, identity_of
 from .index import KeyTable, RowTable
 from .planner import Plan, choose_tier
-from .reader import RowReader, check_rows
+from .reader import RowReader, check_mode, check_rows
 from .rows import DatasetKeys, TextRules, as_keys, read_keys
 from .shard import STORES
 from .verify import VerifyReport, verify
@@ -85,13 +86,15 @@ class ActivationCache:
         self.root = root
         self._store, self._compute_dtype = store, compute_dtype
         self._layer, self._identity_asked = insertion_layer, identity
-        self._tier, self._check, self._canary = tier, check, canary
+        self._tier, self._check = tier, check
         self._device = None if device is None else torch.device(device)
         self._state: State | None = None
         self._table: RowTable | None = None
         self._keys: KeyTable | None = None
         self._reader: RowReader | None = None
         self._identity: Identity | None = None
+        self._rules: TextRules | None = None  # of the model, once one was seen
+        self._looked = not canary
 
     # -- opening -----------------------------------------------------------------------------------
 
@@ -116,7 +119,8 @@ class ActivationCache:
             raise CacheError(f"{path} is a file, expected the folder of a cache; give its folder.")
         if store is not None and store not in STORES:
             raise CacheError(f"The store must be one of {', '.join(STORES)}, got {store!r}.")
-        choose_tier(0, torch.device("cpu"), tier)  # a wrong name is said now
+        choose_tier(0, torch.device("cpu"), tier)  # wrong names are said now
+        check_mode(check)
         cache = cls(
             path,
             store=store,
@@ -159,6 +163,7 @@ class ActivationCache:
         """Finds the cache of a model; without a store given, any of that model's does."""
         check_frozen(place)
         wanted = identity_of(place, self._store or "bf16", self._compute_dtype)
+        self._rules = TextRules.of(place.backbone, place.family)
         if self._identity is not None:
             own = wanted.at(store=self._identity.store)
             if own.digest != self._identity.digest:
@@ -167,8 +172,17 @@ class ActivationCache:
                     f"({_name(own)}; weights, configuration, layer or dtype differ); open another "
                     "cache for it, ActivationCache.open(path, model)."
                 )
+            self._look(place)
             return self._identity
-        for store in (self._store,) if self._store else ("bf16", "fp32", "fp16", "int8c", "fp8"):
+        stores = (self._store,) if self._store else ("bf16", "fp32", "fp16", "int8c", "fp8")
+        asked = self._identity_asked or ""
+        stores = [s for s in stores if wanted.at(store=s).digest.startswith(asked)]
+        if not stores:
+            raise CacheError(
+                f"`identity` is {asked!r}, expected that of this model ({_name(wanted)}); leave it "
+                "out, or open the cache without a model."
+            )
+        for store in stores:
             own = wanted.at(store=store)
             for path in (self.root / own.folder, self.root):
                 if not (path / MANIFEST).exists():
@@ -176,6 +190,7 @@ class ActivationCache:
                 folder = Folder.read(path)
                 if folder.identity.digest == own.digest:
                     self._bind(folder, place)
+                    self._look(place)
                     return own
         if (self.root / MANIFEST).exists():
             found = Folder.read(self.root).identity
@@ -184,7 +199,7 @@ class ActivationCache:
                 f"({_name(wanted)}; weights, configuration, layer, dtype or store differ); open "
                 "the folder above it, which may hold several, or fill another."
             )
-        return wanted
+        return wanted.at(store=stores[0])
 
     def _bind(self, folder: Folder, place: Place | None = None) -> None:
         """Takes up a cache that is on disk."""
@@ -195,8 +210,12 @@ class ActivationCache:
         self.refresh()
         for problem in self._state.problems:
             logger.warning("%s (The sound rows of the cache are used.)", problem)
-        if place is not None and self._canary:
+
+    def _look(self, place: Place) -> None:
+        """The canary, before a model's rows are used for the first time."""
+        if not self._looked:
             canaries.check(place, self._identity, self._table, self._reader)
+            self._looked = True
 
     def refresh(self) -> None:
         """Sees what a builder has finished since. Numbers of rows that were known stay."""
@@ -212,7 +231,10 @@ class ActivationCache:
         plan = choose_tier(size, self._device, self._tier)
         if self._reader is None or plan.tier != self._reader.plan.tier:
             logger.info("Activation cache %s is read from %s", self._state.folder.path, plan)
-        self._reader = RowReader(self._state.folder, self._table, plan, self._device, self._check)
+        reader = RowReader(self._state.folder, self._table, plan, self._device, self._check)
+        if self._reader is not None:
+            reader.rows_read, reader.bytes_read = self._reader.rows_read, self._reader.bytes_read
+        self._reader = reader
 
     # -- filling -----------------------------------------------------------------------------------
 
@@ -239,7 +261,7 @@ class ActivationCache:
             dataset: examples with `input_ids` (and `attention_mask`, `token_type_ids`,
                 `position_ids`), a datasets.Dataset or a list of dicts.
             insertion_layer: k, or several cuts to fill in one pass (this object is then that of the
-                first); default: that of the model's active late prompt.
+                first); default: as opened, else that of the model's active late prompt.
             batch_tokens: tokens of a batch, padding counted.
             shard_bytes: most bytes of a file's hidden states.
             max_bytes: most bytes that a cache may take.
@@ -253,7 +275,8 @@ class ActivationCache:
                 take, no room, hidden states that are not finite (the row is named).
         """
         settings = BuildSettings(batch_tokens, shard_bytes, max_bytes, wait, progress)
-        layers = insertion_layer if isinstance(insertion_layer, list) else [insertion_layer]
+        layers = self._layer if insertion_layer is None else insertion_layer
+        layers = layers if isinstance(layers, list) else [layers]
         places = [cut(model, layer) for layer in layers]
         if len({place.layer for place in places}) != len(places):
             raise CacheError(f"`insertion_layer` names a layer twice: {layers}.")
@@ -289,7 +312,8 @@ class ActivationCache:
         sources = exact_sources(self.root, model, self._compute_dtype, [p.layer for p in places])
         report = Builder(targets, dataset, keys, rules, settings, sources).run()
         if self._state is None:
-            self._bind(targets[0].folder, None)
+            self._bind(targets[0].folder)
+            self._looked = True  # this very model made the rows
         else:
             self.refresh()
         return report
@@ -304,7 +328,7 @@ class ActivationCache:
             int64 [N], in the order of the data set, for `read` and `batches` of this object.
         """
         layer = settings.pop("insertion_layer", None)
-        place = cut(model, layer)
+        place = cut(model, self._layer if layer is None else layer)
         provenance = settings.pop("provenance", None)
         try:
             settings = BuildSettings(**settings)
@@ -322,14 +346,18 @@ class ActivationCache:
 
         Args:
             dataset: as for `ensure`.
-            rules: of the model (`TextRules.of(backbone, family)`); default: those of a model whose
-                token types are zero by default, as encoders' are.
+            rules: of the model (`TextRules.of(backbone, family)`); default: those of the model that
+                this object has seen, or else what is known of its family.
 
         Raises:
             MissingRowsError: some are not in it.
         """
         self._opened()
-        return self._rows_of(read_keys(dataset, rules or TextRules()))
+        rules = rules or self._rules
+        if rules is None:
+            family = FAMILIES.get(self._identity.content["backbone"])
+            rules = TextRules(zero_types=family is None or not family.causal)
+        return self._rows_of(read_keys(dataset, rules))
 
     def _rows_of(self, keys: DatasetKeys) -> np.ndarray:
         self._opened()
@@ -361,8 +389,7 @@ class ActivationCache:
             CorruptCacheError: a row whose bytes are not those that were written.
         """
         self._opened()
-        if isinstance(room, bool) or not isinstance(room, int) or room < 0:
-            raise CacheError(f"`room` must be a whole number of at least 0, got {room!r}.")
+        _check_room(room)
         return self._reader.read(self._numbers(rows), room, dtype)
 
     def _numbers(self, rows) -> np.ndarray:
@@ -394,6 +421,7 @@ class ActivationCache:
             prefetch: batches that are ready before they are asked for; 0 reads in this thread.
         """
         self._opened()
+        _check_room(room)
         return self._reader.batches((self._numbers(rows) for rows in order), room, dtype, prefetch)
 
     def device_store(self):
@@ -483,6 +511,11 @@ class ActivationCache:
                 f"{self.root} holds no cache yet, expected one to read from; `ensure(model, "
                 "dataset)` or `lpt-fast precompute` fills it."
             )
+
+
+def _check_room(room: int) -> None:
+    if isinstance(room, bool) or not isinstance(room, int) or room < 0:
+        raise CacheError(f"`room` must be a whole number of at least 0, got {room!r}.")
 
 
 def _element(identity: Identity) -> int:

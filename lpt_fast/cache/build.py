@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,16 +16,16 @@ import torch
 
 from . import planner, quantize
 from .errors import CacheError, CorruptCacheError
-from .folder import Folder, ShardEntry, find_folders
+from .folder import MANIFEST, Folder, ShardEntry, find_folders
 from .forward import BATCH_TOKENS, Runner, batches_of, device_of
 from .identity import Place, cut, identity_of
 from .index import KeyTable, RowTable
-from .lock import building
+from .lock import building, sigterm_as_exit
 from .ranks import Ranks, wait_until
 from .reader import RowReader
 from .rows import DatasetKeys, Text, TextRules, to_text
-from .shard import BOUNDARY, QUANTISED, Tables
-from .writer import CacheWriter, shard_name
+from .shard import BOUNDARY, QUANTISED, Tables, shard_name
+from .writer import FULL, CacheWriter
 
 SHARD_BYTES = 256 * 2**20
 HEADER_BYTES = 1024  # that the header of a shard takes at most, and a few more
@@ -89,12 +89,14 @@ class State:
         shards: name -> tables.
         entries: name -> line of the index.
         problems: what is wrong with the others, one sentence each.
+        sealed: whether the index names all of them.
     """
 
     folder: Folder
     shards: dict[str, Tables] = field(default_factory=dict)
     entries: dict[str, ShardEntry] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    sealed: bool = False
 
     def load(self, adopt: bool) -> State:
         """Reads what is new. With `adopt` also finished shards that the index does not name."""
@@ -116,12 +118,32 @@ class State:
                     continue
                 if (known.find(self.shards[name].row_key) >= 0).all():
                     del self.shards[name], self.entries[name]  # it would only double rows
+        self.sealed = listed is not None and self.entries.keys() <= named.keys()
         return self
+
+    def check_there(self) -> None:
+        """Raises CacheError where shards that were read before are no longer in the folder."""
+        for entry in self.entries.values():
+            try:
+                size = os.lstat(self.folder.path / entry.name).st_size
+            except FileNotFoundError:
+                size = 0
+            if size != entry.bytes:
+                raise CacheError(
+                    f"{self.folder.path / entry.name} was changed since the cache was opened "
+                    f"({size} bytes, expected {entry.bytes}); open the cache again."
+                )
+
+    def take(self, name: str) -> bool:
+        """Whether a shard that a build makes is there and sound."""
+        if name not in self.entries and not (self.folder.path / name).exists():
+            return False
+        return name in self.entries or self._read(name, None)
 
     def _read(self, name: str, entry: ShardEntry | None) -> bool:
         try:
             tables = self.folder.read_shard(name, entry)
-        except CorruptCacheError as error:
+        except CacheError as error:  # (also one that cannot be read)
             self.problems.append(str(error))
             return False
         self.shards[name], self.entries[name] = tables, ShardEntry.of(name, tables)
@@ -257,10 +279,11 @@ class Builder:
             CacheError: no room, rows that are not finite, a folder that cannot be written.
         """
         start = time.perf_counter()
-        if self.ranks.world == 1 and not any(t.find_missing(self.keys).any() for t in self.targets):
-            return self.report
         with ExitStack() as stack:
+            stack.enter_context(sigterm_as_exit())
             plan = self.ranks.agree(lambda: self._prepare(stack))
+            if not plan:
+                return self.report
             self._take(plan)
             tokens = sum(int(self.keys.lengths[t.missing].sum()) for t in self.targets)
             identity = self.targets[0].folder.identity
@@ -276,17 +299,19 @@ class Builder:
     # -- before ------------------------------------------------------------------------------------
 
     def _prepare(self, stack: ExitStack) -> dict:
-        """Rank 0's part: takes the locks, tidies up, looks what is there. What the others need."""
-        for target in sorted(self.targets, key=lambda t: t.folder.path):
-            self._make_folder(target.folder.path)
-            try:
-                stack.enter_context(building(target.folder.path, self.settings.wait))
-            except OSError as error:
-                raise _cannot_write(target.folder.path, error) from None
-            for name in target.folder.part_names():  # of builds that died: the lock is ours
-                (target.folder.path / name).unlink(missing_ok=True)
-            target.state.load(adopt=True)
-            target.find_missing(self.keys)
+        """Rank 0's part: takes the locks, tidies up, looks what is there. What the others need;
+        nothing where there is nothing to do.
+        """
+        lacking = [target.find_missing(self.keys).any() for target in self.targets]
+        if not any(lacking) and all(target.state.sealed for target in self.targets):
+            return {}
+        try:
+            for target in sorted(self.targets, key=lambda t: t.folder.path):
+                self._begin(target, stack)
+        except CacheError:
+            if any(lacking):
+                raise
+            return {}  # all rows are there; an index that names them is for who may write it
         check_room(self.targets, self.keys, self.settings)
         plan: dict = {"run": secrets.token_hex(4), "missing": {}, "scale": {}}
         for target in self.targets:
@@ -294,18 +319,34 @@ class Builder:
             folder = target.folder
             if folder.identity.store == "int8c" and folder.channel_scale is None:
                 folder.channel_scale = self._calibrate(target)
-            if not (folder.path / "manifest.json").exists():
-                folder.write_manifest()
+            if not (folder.path / MANIFEST).exists():
+                try:
+                    folder.write_manifest()
+                except OSError as error:
+                    raise _cannot_write(folder.path, error) from None
             plan["missing"][layer] = _encode(np.packbits(target.missing))
             if folder.channel_scale is not None:
                 plan["scale"][layer] = _encode(folder.channel_scale)
         return plan
 
-    def _make_folder(self, path: Path) -> None:
+    def _begin(self, target: Target, stack: ExitStack) -> None:
+        """Takes the lock of a cache; everything that was known of it may be old by then."""
+        folder = target.folder
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            folder.path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(building(folder.path, self.settings.wait))
+            for name in folder.part_names():  # of builds that died
+                (folder.path / name).unlink(missing_ok=True)
         except OSError as error:
-            raise _cannot_write(path, error) from None
+            raise _cannot_write(folder.path, error) from None
+        if (folder.path / MANIFEST).exists():
+            known = Folder.read(folder.path)
+            if known.identity.digest != folder.identity.digest:
+                raise CacheError(f"{folder.path} holds another cache; take it away.")
+            folder.channel_scale, folder.provenance = known.channel_scale, known.provenance
+        target.state.check_there()
+        target.state.load(adopt=True)
+        target.find_missing(self.keys)
 
     def _take(self, plan: dict) -> None:
         for target in self.targets:
@@ -317,10 +358,10 @@ class Builder:
 
     def _calibrate(self, target: Target) -> np.ndarray:
         """Channel scales from texts spread over all lengths of the data set."""
-        order = np.lexsort((self.keys.keys[:, 0], self.keys.lengths, self.keys.kinds))
-        share = CALIBRATION_TOKENS / max(1, int(self.keys.lengths.sum()))
-        step = max(1, int(1 / share)) if share < 1 else 1
-        rows = order[::step]
+        rows = np.flatnonzero(target.missing)  # each text once
+        keys, lengths, kinds = self.keys.keys[rows], self.keys.lengths[rows], self.keys.kinds[rows]
+        step = max(1, int(lengths.sum()) // CALIBRATION_TOKENS)
+        rows = rows[np.lexsort((keys[:, 0], lengths, kinds))][::step]
         runner = self._runner([target.place.layer])
         parts, names = [], []
         for kind in np.unique(self.keys.kinds[rows]):
@@ -465,9 +506,10 @@ class Builder:
             planned = [self._planned_names(target, shards) for target in self.targets]
 
             def all_there() -> bool:
+                # (A damaged file may have the name of a shard that is being made again.)
                 return all(
-                    (path / name).exists()
-                    for path, names in zip(paths, planned, strict=True)
+                    target.state.take(name)
+                    for target, names in zip(self.targets, planned, strict=True)
                     for name in names
                 )
 
@@ -493,6 +535,11 @@ class Builder:
 
 
 def _cannot_write(path: Path, error: OSError) -> CacheError:
+    if error.errno in FULL:
+        return CacheError(
+            f"There is no room in {path} ({error.strerror}); what is finished stays, so make room "
+            "or name another folder and start again."
+        )
     return CacheError(
         f"The cache folder {path} cannot be written: {error.strerror}; give a folder that can be "
         "written, or a cache that has all the rows already."
@@ -548,4 +595,8 @@ def exact_sources(
 
 def folder_size(path: Path) -> int:
     """Bytes of all files of a cache."""
-    return sum(os.lstat(path / name).st_size for name in os.listdir(path))
+    size = 0
+    for name in os.listdir(path):
+        with suppress(FileNotFoundError):  # a builder gives files their names meanwhile
+            size += os.lstat(path / name).st_size
+    return size

@@ -27,7 +27,7 @@ import numpy as np
 from .documents import read_document, write_document
 from .errors import CacheError, CorruptCacheError
 from .identity import Identity
-from .shard import STORES, Tables, open_file, read_tables
+from .shard import REPAIR, STORES, Tables, open_file, read_tables, shard_name
 
 MANIFEST, INDEX, LOCK = "manifest.json", "index.json", ".lock"
 _SHARD = re.compile(r"[0-9a-f]{32}\.safetensors")
@@ -95,18 +95,20 @@ class Folder:
             scale = content["channel_scale"]
             if scale is not None:
                 scale = np.frombuffer(base64.b64decode(scale, validate=True), np.float32).copy()
-                if scale.shape != (identity.width,) or not np.isfinite(scale).all():
+                good = (scale > 0) & np.isfinite(scale)
+                if scale.shape != (identity.width,) or not good.all():
                     raise ValueError
             sound = (
                 content["identity_sha256"] == identity.digest
                 and identity.store in STORES
                 and type(identity.width) is int
+                and identity.width > 0
                 and type(identity.layer) is int
                 and isinstance(identity.compute_dtype, str)
                 and (scale is not None) == (identity.store == "int8c")
                 and isinstance(content["provenance"], dict)
             )
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
             sound = False
         if not sound:
             raise CorruptCacheError(
@@ -178,8 +180,7 @@ class Folder:
         try:
             if entry is not None and size != entry.bytes:
                 raise CorruptCacheError(
-                    f"{path} has {size} bytes, expected {entry.bytes} by the index; `lpt-fast "
-                    "cache verify --repair` drops it and `lpt-fast precompute` makes it again."
+                    f"{path} has {size} bytes, expected {entry.bytes} by the index; {REPAIR}"
                 )
             tables = read_tables(fd, size, path)
         except OSError as error:
@@ -198,10 +199,16 @@ class Folder:
                 f"{path} belongs to another cache ({layout.identity[:12]}, expected "
                 f"{self.identity.digest[:12]}); take it away."
             )
+        own = shard_name(layout.identity, tables.row_key)
+        if name != own:
+            raise CorruptCacheError(
+                f"{path} holds the rows of another shard (expected in {own}: files were exchanged "
+                f"or renamed); {REPAIR}"
+            )
         if entry is not None and entry != ShardEntry.of(name, tables):
             raise CorruptCacheError(
-                f"{path} is sound but not the shard that the index names (swapped, or of another "
-                "time); `lpt-fast cache verify --repair` makes the index anew."
+                f"{path} is sound but not the shard that the index names (of another time?); "
+                f"{REPAIR}"
             )
         return tables
 
@@ -214,4 +221,9 @@ def find_folders(root: Path) -> list[Path]:
         )
     if (root / MANIFEST).exists():
         return [root]
-    return sorted(p for p in root.iterdir() if (p / MANIFEST).exists() and not p.is_symlink())
+    # (A copy that `export` did not finish ends in .part.)
+    return sorted(
+        p
+        for p in root.iterdir()
+        if (p / MANIFEST).exists() and not p.is_symlink() and p.suffix != ".part"
+    )

@@ -73,8 +73,8 @@ class Runner:
         self.pad_id = getattr(place.backbone.config, "pad_token_id", None) or 0
         own = own_dtype(place.lower)
         self._autocast = None if compute_dtype == own else getattr(torch, compute_dtype)
-        # What hidden states are in. Under autocast, or with weights of several dtypes, they may be
-        # in a wider one than they are computed in.
+        # What hidden states are in. Under autocast, or with weights of several dtypes, that is for
+        # each layer to say.
         self.dtype = plain_dtype(place.lower) if self._autocast is None else None
 
     def _precision(self):
@@ -97,16 +97,16 @@ class Runner:
         inputs = collate(texts, self.pad_id, self.device)
         backbone, family = self.place.backbone, self.place.family
         mask = inputs["attention_mask"].bool()
+        more = {"return_dict": True}
+        if family.causal:  # nobody goes on from here with keys and values
+            more["use_cache"] = False
         with self._precision():
             if hidden is None:
-                states = run_lower_at(
-                    backbone, family, self.layers, {**inputs, "return_dict": True}
-                )
+                states = run_lower_at(backbone, family, self.layers, {**inputs, **more})
             else:
                 kept = {n: inputs[n] for n in ("attention_mask", "position_ids") if n in inputs}
-                kept["return_dict"] = True
                 hidden = hidden.to(self.device, self.dtype)
-                states = run_between(backbone, family, below, self.layers, hidden, kept)
+                states = run_between(backbone, family, below, self.layers, hidden, {**kept, **more})
         full = mask.numel() == sum(len(text) for text in texts)
         return {
             layer: state.reshape(-1, state.shape[-1]) if full else state[mask]

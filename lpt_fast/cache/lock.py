@@ -5,13 +5,15 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import CacheBusyError
+from .errors import CacheBusyError, CacheError
 from .folder import LOCK
 
 
@@ -21,8 +23,26 @@ def _holder(fd: int) -> str:
         who = json.loads(os.pread(fd, 4096, 0))
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(who["since"])))
         return f"process {int(who['pid'])} on {str(who['host'])[:64]} since {since}"
-    except (ValueError, KeyError, TypeError, OSError, OverflowError):
+    except (ValueError, KeyError, TypeError, OSError, OverflowError, RecursionError):
         return "another process"
+
+
+@contextmanager
+def sigterm_as_exit() -> Iterator[None]:
+    """Lets SIGTERM end a block as Ctrl-C does, so that it can tidy up. Handlers of others stay."""
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number, frame):
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager
@@ -35,8 +55,16 @@ def building(folder: Path, wait: float = 0) -> Iterator[None]:
 
     Raises:
         CacheBusyError: somebody else builds, and still does after `wait` seconds; says who.
+        CacheError: a folder that cannot be written.
     """
-    fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    path = folder / LOCK
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise CacheError(
+            f"The cache folder {folder} cannot be written: {error.strerror} (at {path.name}); give "
+            "a folder that can be written, or a cache that has all the rows already."
+        ) from None
     try:
         end = time.monotonic() + wait
         while True:

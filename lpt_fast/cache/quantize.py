@@ -25,12 +25,10 @@ def torch_dtype(store: str) -> torch.dtype:
 
 
 def exact_for(store: str, dtype: torch.dtype | None) -> bool:
-    """Whether a store keeps every bit of hidden states of `dtype` (None: not known, but no more
-    than float32).
-    """
+    """Whether a store keeps every bit of hidden states of `dtype`; None: not known which."""
     if dtype is None:
-        return store == "fp32"
-    return FLOATS.get(store) == dtype or (store == "fp32" and dtype.itemsize <= 4)
+        return False
+    return FLOATS.get(store) == dtype or (store == "fp32" and dtype.itemsize < 4)
 
 
 def calibrate(hidden: Tensor) -> Tensor:

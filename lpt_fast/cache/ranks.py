@@ -72,17 +72,24 @@ class Ranks:
         import torch.distributed as dist
 
         if not dist.is_initialized():
-            # The store that torchrun keeps for its processes. (A process group of our own would
-            # be in the way of the Trainer's.)
-            global _calls
+            # The store that torchrun keeps for its processes, else one that rank 0 keeps. (A
+            # process group of our own would be in the way of the Trainer's.)
+            global _calls, _store
             _calls += 1
-            store, _, _ = next(dist.rendezvous("env://"))
+            if _store is None:
+                _store, _, _ = next(dist.rendezvous("env://"))
             key = f"lpt_fast/cache/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{_calls}"
+            seen = [f"{key}/{rank}" for rank in range(self.world)]
+            deadline = timedelta(seconds=DEADLINE)
             if self.rank == 0:
-                store.set(key, message)
+                _store.set(key, message)
+                if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                    _store.wait(seen[1:], deadline)  # it ends with this process
                 return message
-            store.wait([key], timedelta(seconds=DEADLINE))
-            return store.get(key)
+            _store.wait([key], deadline)
+            message = _store.get(key)
+            _store.set(seen[self.rank], "")
+            return message
         group = dist.new_group(backend="gloo")
         try:
             size = torch.tensor([len(message)])
@@ -97,6 +104,7 @@ class Ranks:
 
 
 _calls = 0  # every rank counts alike
+_store = None
 
 
 def wait_until(

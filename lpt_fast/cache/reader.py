@@ -75,8 +75,7 @@ class RowReader:
         device: torch.device,
         check: str = "read",
     ):
-        if check not in CHECKS:
-            raise CacheError(f"`check` must be one of {', '.join(CHECKS)}, got {check!r}.")
+        check_mode(check)
         self.folder, self.table, self.plan, self.device = folder, table, plan, device
         self.check = check
         self.files = ShardFiles(folder, table.names)
@@ -142,7 +141,7 @@ class RowReader:
         pin = self.device.type == "cuda"
         codes = torch.empty(size, self.folder.identity.width, dtype=self._dtype, pin_memory=pin)
         self._fill(rows, lengths, gap, codes)
-        if plain:
+        if plain or len(rows) == 0:
             return codes if codes.dtype == dtype else codes.to(dtype)
         scale = torch.from_numpy(self.table.token_scale[tokens])
         text = decode(codes, dtype, scale, self._channel)
@@ -328,6 +327,12 @@ class RowReader:
                 ahead -= len(waiting[0])
                 yield waiting.popleft()
         yield from waiting
+
+
+def check_mode(check: str) -> None:
+    """Raises CacheError for a wrong `check` of a reader."""
+    if check not in CHECKS:
+        raise CacheError(f"`check` must be one of {', '.join(CHECKS)}, got {check!r}.")
 
 
 def check_rows(rows, count: int) -> np.ndarray:

@@ -61,21 +61,31 @@ class TextRules:
         max_length: most tokens of a text; None: no limit.
         zero_types: whether token types that are all zero are what the model takes by itself.
         takes_types: whether the model has token types at all.
+        types, positions: token types and position ids are below it; None: not known, or no limit.
     """
 
     vocab_size: int | None = None
     max_length: int | None = None
     zero_types: bool = True
     takes_types: bool = True
+    types: int | None = None
+    positions: int | None = None
 
     @classmethod
     def of(cls, backbone: nn.Module, family: Family) -> TextRules:
         """Of a backbone. Decoders take token types for further words (GPT-2), which zero is too."""
+        config = backbone.config
+        words = getattr(config, "vocab_size", None)
+        places = None if family.takes_positions else family.max_length(config)
+        if places is not None:  # its own positions may begin later, a text's need not
+            places = config.max_position_embeddings
         return cls(
-            vocab_size=getattr(backbone.config, "vocab_size", None),
-            max_length=family.max_length(backbone.config),
+            vocab_size=words,
+            max_length=family.max_length(config),
             zero_types=not family.causal,
             takes_types="token_type_ids" in parameter_names(type(backbone).forward),
+            types=words if family.causal else getattr(config, "type_vocab_size", 0) or None,
+            positions=places,
         )
 
 
@@ -150,6 +160,15 @@ def to_text(row: int, example: Mapping, rules: TextRules) -> Text:
     types = fields.get("token_type_ids")
     if types is not None and (not rules.takes_types or (rules.zero_types and not types.any())):
         fields["token_type_ids"] = None
+    for name, limit in (("token_type_ids", rules.types), ("position_ids", rules.positions)):
+        values = fields.get(name)
+        limit = 2**31 if limit is None else limit
+        if values is not None and (values.min() < 0 or values.max() >= limit):
+            raise CacheError(
+                f"Row {row} of the data set has the `{name}` "
+                f"{values.min() if values.min() < 0 else values.max()}, expected 0 .. {limit - 1}; "
+                "they were made for another model."
+            )
     return Text(**{n: None if v is None else v.astype(np.int32) for n, v in fields.items()})
 
 

@@ -10,6 +10,7 @@ differs by a bit is refused before anything is allocated for it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -185,11 +186,13 @@ def open_file(path: Path) -> tuple[int, int]:
             raise CorruptCacheError(
                 f"{path} is a symbolic link, expected a plain file; copy the file itself."
             ) from None
+        if error.errno == errno.ENXIO:  # a socket
+            raise CorruptCacheError(f"{path} is no plain file, expected one; {REPAIR}") from None
         raise CacheError(f"{path} cannot be read: {error.strerror}.") from None
     info = os.fstat(fd)
     if not stat.S_ISREG(info.st_mode):
         os.close(fd)
-        raise CorruptCacheError(f"{path} is no plain file, expected one; take it away.")
+        raise CorruptCacheError(f"{path} is no plain file, expected one; {REPAIR}")
     return fd, info.st_size
 
 

@@ -78,6 +78,21 @@ def verify_rows(folder: Folder, name: str, tables: Tables) -> int:
         os.close(fd)
 
 
+def remove(path: Path) -> None:
+    """Takes a file away, or an empty folder in its place.
+
+    Raises:
+        CacheError: it cannot be.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise CacheError(f"{path} cannot be removed: {error.strerror}; take it away.") from None
+
+
 def verify(folder: Folder, full: bool = False) -> VerifyReport:
     """Looks at every file of a cache: manifest and index against their digests, the header and
     tables of every shard against theirs and the index; with `full` every row against its hash.
@@ -101,6 +116,9 @@ def verify(folder: Folder, full: bool = False) -> VerifyReport:
         except CorruptCacheError as error:
             report.problems.append(str(error))
             report.bad.append(name)
+            continue
+        except (CacheError, OSError) as error:  # unreadable, which says nothing of what it holds
+            report.problems.append(str(error))
             continue
         seen.append(tables.row_key)
         report.shards += 1
@@ -130,7 +148,7 @@ def repair(folder: Folder, full: bool = True) -> VerifyReport:
     with building(folder.path):
         report = verify(folder, full)
         for name in report.bad:
-            (folder.path / name).unlink(missing_ok=True)
+            remove(folder.path / name)
         state = State(folder).load(adopt=True)
         for name in list(state.entries):  # what the index had not named
             if name in report.bad or not full:
@@ -141,8 +159,14 @@ def repair(folder: Folder, full: bool = True) -> VerifyReport:
                 report.problems.append(str(error))
                 report.bad.append(name)
                 del state.entries[name]
-                (folder.path / name).unlink(missing_ok=True)
-        folder.write_index(state.entries.values())
+                remove(folder.path / name)
+        try:
+            folder.write_index(state.entries.values())
+        except OSError as error:
+            raise CacheError(
+                f"The index of {folder.path} cannot be written: {error.strerror}; make room, or "
+                "take away what is in its place."
+            ) from None
     return report
 
 
@@ -170,7 +194,7 @@ def gc(folder: Folder, dry_run: bool = False) -> tuple[list[str], int]:
         size = sum(os.lstat(folder.path / name).st_size for name in names)
         if not dry_run:
             for name in names:
-                (folder.path / name).unlink(missing_ok=True)
+                remove(folder.path / name)
             sync_folder(folder.path)
     return names, size
 
@@ -191,7 +215,7 @@ def export(folder: Folder, out: Path) -> Path:
         CacheError: no room, or it is there already.
     """
     target = out / folder.identity.folder
-    if target.exists():
+    if os.path.lexists(target):
         raise CacheError(f"{target} is there already, expected a new folder; take it away.")
     size = folder_size(folder.path)
     entries = folder.read_index()
@@ -212,12 +236,14 @@ def export(folder: Folder, out: Path) -> Path:
         copy = Folder(part, folder.identity, folder.provenance, folder.channel_scale)
         copy.write_manifest()
         for entry in entries:
-            tables = folder.read_shard(entry.name, entry)
-            with open(folder.path / entry.name, "rb") as f, open(part / entry.name, "wb") as g:
+            folder.read_shard(entry.name, entry)
+            fd, _ = open_file(folder.path / entry.name)
+            with os.fdopen(fd, "rb") as f, open(part / entry.name, "xb") as g:
                 shutil.copyfileobj(f, g, CHUNK)
                 g.flush()
                 os.fsync(g.fileno())
-            verify_rows(copy, entry.name, tables)  # the copy's bytes
+            # The copy's own bytes.
+            verify_rows(copy, entry.name, copy.read_shard(entry.name, entry))
         copy.write_index(entries)
         os.rename(part, target)
         sync_folder(out)

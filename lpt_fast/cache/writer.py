@@ -25,6 +25,8 @@ from .folder import Folder, ShardEntry
 from .rows import Text
 from .shard import KEY_BYTES, QUANTISED, Layout, build_head, shard_name, write_all
 
+# What the operating system says of a disk that holds no more.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 QUEUED_BATCHES = 2  # that wait for the writer; with the one being written, three are in memory
 
 
@@ -168,7 +170,7 @@ class disk_errors:
     def __exit__(self, kind, error, trace):
         if not isinstance(error, OSError):
             return False
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in FULL:
             raise CacheError(
                 f"There is no room for {self.size:,} bytes at {self.path} ({error.strerror}); what "
                 "is finished stays, so make room or name another folder and start again."
