@@ -102,6 +102,19 @@ def _integers(row: int, name: str, values) -> np.ndarray:
     return array
 
 
+def _says_nothing(example: Mapping, name: str, value: int) -> bool:
+    """Whether a field is a plain list of one number alone, as long as the ids. Most masks and token
+    types are, and to find it out costs a tenth of making an array.
+    """
+    values, ids = example.get(name), example["input_ids"]
+    return (
+        type(values) is list
+        and type(ids) is list
+        and len(values) == len(ids)
+        and values.count(value) == len(values)
+    )
+
+
 def to_text(row: int, example: Mapping, rules: TextRules) -> Text:
     """One example of a tokenised data set. Padding (attention_mask 0) is left out.
 
@@ -121,10 +134,15 @@ def to_text(row: int, example: Mapping, rules: TextRules) -> Text:
         )
     fields = {}
     for name in ("input_ids", "token_type_ids", "position_ids"):
-        if example.get(name) is not None:
-            fields[name] = _integers(row, name, example[name])
+        if example.get(name) is None:
+            continue
+        if name == "token_type_ids" and rules.zero_types and _says_nothing(example, name, 0):
+            continue
+        fields[name] = _integers(row, name, example[name])
     length = len(fields["input_ids"])
     mask = example.get("attention_mask")
+    if mask is not None and _says_nothing(example, "attention_mask", 1):
+        mask = None
     if mask is not None:
         mask = _integers(row, "attention_mask", mask)
         fields["attention_mask"] = mask
