@@ -1,4 +1,6 @@
-"""python -m bench accuracy | table | kernels | plot | report | profile | lengths."""
+"""python -m bench accuracy | table | cache | cache-quantize | cache-accuracy | kernels | plot |
+report | profile | lengths.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,14 @@ import importlib
 
 import typer
 
-from . import accuracy
+from . import accuracy, cache, cache_accuracy, cache_quantize
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.command(name="accuracy")(accuracy.main)
 app.command(name="table")(accuracy.table)
+app.command(name="cache")(cache.main)
+app.command(name="cache-quantize")(cache_quantize.main)
+app.command(name="cache-accuracy")(cache_accuracy.main)
 
 # Programs of their own, which also run where typer is not installed (`python -m bench.kernels`);
 # they read their options themselves.

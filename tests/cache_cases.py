@@ -10,10 +10,12 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
+from itertools import pairwise
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -24,8 +26,11 @@ import xxhash
 from tiny import VOCAB, tiny
 
 from lpt_fast.cache import ActivationCache, CorruptCacheError
-from lpt_fast.cache.folder import LOCK
+from lpt_fast.cache.build import BuildReport
+from lpt_fast.cache.folder import INDEX, LOCK, MANIFEST, Folder
+from lpt_fast.cache.forward import Runner
 from lpt_fast.cache.shard import DTYPES, Layout, build_head, open_file, read_layout
+from lpt_fast.cache.verify import verify
 
 K = 2
 NURSERY = "LPT_TEST_NURSERY"  # in the environment of the server
@@ -48,12 +53,32 @@ def texts(count: int, seed: int = 0, longest: int = 24) -> list[dict]:
     return out + out[:3]
 
 
-def fill(root, data, **settings) -> ActivationCache:
-    """Builds what is missing at `root`; the open cache."""
-    store = settings.pop("store", None)
+@contextmanager
+def one_thread():
+    """Bits are compared between processes, so all compute alike."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def fill(root, data, store=None, **settings) -> ActivationCache:
+    """Computes what is missing at `root` (`ensure`); the open cache."""
     opened = ActivationCache.open(root, model(), insertion_layer=K, store=store)
-    opened.ensure(model(), data, **{"insertion_layer": K, "shard_bytes": SHARD_BYTES, **settings})
+    settings = {"insertion_layer": K, "shard_bytes": SHARD_BYTES, **settings}
+    with one_thread():
+        opened.ensure(model(), data, **settings)
     return opened
+
+
+def built(root, data, store=None, **settings) -> tuple[BuildReport, ActivationCache]:
+    """The same by `build`, which says what it did."""
+    opened = ActivationCache.open(root, model(), insertion_layer=K, store=store)
+    with one_thread():
+        settings = {"insertion_layer": K, "shard_bytes": SHARD_BYTES, **settings}
+        return opened.build(model(), data, **settings), opened
 
 
 def folder_of(root) -> Path:
@@ -71,7 +96,7 @@ def bits(batch) -> list[bytes]:
     """The hidden states of each text of a batch."""
     raw = batch.text().contiguous().view(torch.uint8).numpy()
     ends = batch.cu_seqlens.tolist()
-    return [raw[a:b].tobytes() for a, b in zip(ends, ends[1:], strict=False)]
+    return [raw[a:b].tobytes() for a, b in pairwise(ends)]
 
 
 def rows_of(opened: ActivationCache) -> dict[bytes, bytes]:
@@ -101,6 +126,54 @@ def served(opened: ActivationCache, original: dict[bytes, bytes]) -> Counter:
         assert got == original[key]
         out["equal"] += 1
     return out
+
+
+MANY = texts(300)
+
+
+@cache
+def undisturbed() -> tuple[dict[str, bytes], dict[bytes, bytes]]:
+    """The files and rows of a cache of MANY texts that nothing happened to."""
+    with tempfile.TemporaryDirectory() as root:
+        opened = fill(root, MANY)
+        return files(folder_of(root)), rows_of(opened)
+
+
+def assert_whole(root) -> None:
+    """The same bytes in the same files as `undisturbed`, nothing else, and the same rows."""
+    expected, rows = undisturbed()
+    found = files(folder_of(root))
+    assert found.keys() == expected.keys()
+    assert found == expected
+    with ActivationCache.open(root) as opened:
+        assert rows_of(opened) == rows
+    report = verify(Folder.read(folder_of(root)), full=True)
+    assert report.sound and report.rows == len(rows)
+
+
+def assert_orderly(root, least: int = 1) -> None:
+    """No unfinished file is left, and the index names what is finished."""
+    found = set(files(folder_of(root)))
+    assert found <= undisturbed()[0].keys()
+    named = {entry.name for entry in Folder.read(folder_of(root)).read_index()}
+    assert len(named) >= least
+    assert found == named | {INDEX, MANIFEST}
+
+
+@contextmanager
+def after_forwards(count: int, act):
+    """Calls `act` before the forward that follows `count` others."""
+    run, seen = Runner.run, []
+
+    def counted(*args, **more):
+        seen.append(1)
+        if len(seen) == count + 1:
+            act()
+        return run(*args, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runner, "run", counted)
+        yield
 
 
 # -- damage ----------------------------------------------------------------------------------------
@@ -142,7 +215,7 @@ def forged(path: Path, **changes) -> bytes:
     del tables["digest"]
     if "hidden" in changes:
         ends = tables["cu_seqlens"].tolist()
-        rows = [hidden[a:b].tobytes() for a, b in zip(ends, ends[1:], strict=False)]
+        rows = [hidden[a:b].tobytes() for a, b in pairwise(ends)]
         tables["row_hash"] = [xxhash.xxh3_64_intdigest(row) for row in rows]
     return build_head(layout, tables) + hidden.tobytes()
 
@@ -223,6 +296,21 @@ def build(root, data, settings=None) -> None:
         say(f"{type(error).__name__}: {error}")
 
 
+def hold(root, data, settings=None, at=8) -> None:
+    """In a child: a build that says when it is at work, and waits to be told to go on."""
+    run, seen = Runner.run, []
+
+    def waiting(*args, **more):
+        seen.append(1)
+        if len(seen) == at:
+            say("building")
+            hear()
+        return run(*args, **more)
+
+    Runner.run = waiting
+    build(root, data, settings)
+
+
 class Slow:
     """In a child: every step of a build takes a while (writes in two halves), and is named.
 
@@ -238,8 +326,6 @@ class Slow:
         self.plain = {n: getattr(os, n) for n in ("pwrite", "fsync", "replace", "posix_fallocate")}
         for name in self.plain:
             setattr(os, name, getattr(self, name))
-        from lpt_fast.cache.forward import Runner
-
         self.run = Runner.run
         Runner.run = lambda *args, **more: (self.step("forward"), self.run(*args, **more))[1]
 

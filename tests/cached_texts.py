@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import contextlib
 
+import pytest
 import torch
 from test_cached_hidden import states_alone
-from tiny import VOCAB
+from tiny import VOCAB, tiny
 
 from lpt_fast.backbone.families import find_backbone
 from lpt_fast.cache import ActivationCache
+from lpt_fast.cache.shard import STORES
+
+CUDA = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    ],
+)
+DEVICES = ["cpu", CUDA]
 
 
 def ragged(n: int = 12, seed: int = 0, low: int = 3) -> list[dict]:
@@ -66,3 +77,30 @@ def counted(model):
         yield seen
     finally:
         handle.remove()
+
+
+def all_stores(root):
+    """Fills caches of the same 20 texts, one for each store, several shards each."""
+    model = tiny("bert")
+    for store in STORES:
+        filled(root, model, ragged(20), store=store, shard_bytes=20 * 32)
+    return root
+
+
+def opened(root, store="fp32", **more) -> ActivationCache:
+    return ActivationCache.open(root, insertion_layer=2, store=store, **more)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
+
+
+def flip(root, cache, row) -> None:
+    """One bit of one row, in the file."""
+    table = cache._table
+    path = root / cache.identity.folder / table.names[table.shard[row]]
+    with open(path, "r+b") as f:
+        f.seek(int(table.offset[row]) + 5)
+        byte = f.read(1)[0]
+        f.seek(int(table.offset[row]) + 5)
+        f.write(bytes([byte ^ 1]))

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from cache_cases import (
     SHARD_BYTES,
-    K,
     bits,
+    built,
     files,
     fill,
     flip,
@@ -30,8 +29,8 @@ from cache_cases import (
 )
 
 from lpt_fast.cache import ActivationCache, CacheError, CorruptCacheError
-from lpt_fast.cache.folder import INDEX, LOCK, MANIFEST, Folder
-from lpt_fast.cache.verify import export, gc, repair, verify
+from lpt_fast.cache.folder import INDEX, MANIFEST, Folder
+from lpt_fast.cache.verify import gc, repair, verify
 
 DATA = texts(60)
 FLIPS = 26  # of each region of each store
@@ -63,13 +62,6 @@ def shards(folder: Path) -> list[Path]:
 def keys_of(folder: Path, *paths: Path) -> set[bytes]:
     read = Folder.read(folder)
     return {key.tobytes() for path in paths for key in read.read_shard(path.name).row_key}
-
-
-def build(root):
-    """What is missing; the report and the cache."""
-    opened = ActivationCache.open(root, model(), insertion_layer=K)
-    report = opened.build(model(), DATA, insertion_layer=K, shard_bytes=SHARD_BYTES)
-    return report, opened
 
 
 # -- single bits -----------------------------------------------------------------------------------
@@ -248,9 +240,9 @@ def test_a_shard_is_lost(sound, damage, mend, caplog):
         assert served(opened, rows) == {"equal": len(rows) - len(lost), "absent": len(lost)}
     elif damage == "folder":
         with pytest.raises(CacheError, match="cannot be written: Is a directory"):
-            build(root)
+            built(root, DATA)
         path.rmdir()
-    report, opened = build(root)
+    report, opened = built(root, DATA)
     assert report.computed == len(lost)
     assert rows_of(opened) == rows
     assert files(folder) == before
@@ -288,7 +280,7 @@ def test_exchanged_shards(sound, index, mend):
     if mend == "repair":
         found = repair(Folder.read(folder))
         assert sorted(found.bad) == sorted([a.name, b.name])
-    report, opened = build(root)
+    report, opened = built(root, DATA)
     assert report.computed == len(lost)
     assert rows_of(opened) == rows_of(ActivationCache.open(root)) == rows
     assert verify(Folder.read(folder), full=True).sound
@@ -309,7 +301,7 @@ def test_a_shard_of_another_cache(sound, tmp_path):
         opened = ActivationCache.open(root)
         assert "belongs to another cache" in opened.stats()["problems"][-1] or name is None
         assert served(opened, rows) == {"equal": len(rows) - len(lost), "absent": len(lost)}
-    report, opened = build(root)
+    report, opened = built(root, DATA)
     assert report.computed == len(lost) and rows_of(opened) == rows
 
 
@@ -351,7 +343,7 @@ def test_an_index_that_is_gone_or_damaged(sound):
         repair(Folder.read(folder))
         assert files(folder) == before
     (folder / INDEX).unlink()
-    report, _ = build(root)
+    report, _ = built(root, DATA)
     assert report.computed == 0 and files(folder) == before
 
 
@@ -371,7 +363,7 @@ def test_an_index_that_names_fewer(sound):
     lost = keys_of(folder, *(folder / entry.name for entry in entries[:2]))
     opened = ActivationCache.open(root)
     assert served(opened, rows) == {"equal": len(rows) - len(lost), "absent": len(lost)}
-    report, opened = build(root)
+    report, opened = built(root, DATA)
     assert report.computed == 0 and files(folder) == before and rows_of(opened) == rows
 
 
@@ -383,13 +375,13 @@ def test_an_old_index(sound):
     first, second = shards(folder)[:2]
     lost = keys_of(folder, first, second)
     first.unlink(), second.unlink()
-    build(root)
+    built(root, DATA)
     now = files(folder)
     (folder / INDEX).write_bytes(before[INDEX])
     opened = ActivationCache.open(root)
     gone = before.keys() - now.keys()
     assert len(opened.stats()["problems"]) == len(gone)
-    report, opened = build(root)
+    report, opened = built(root, DATA)
     assert report.computed == 0 and rows_of(opened) == rows and lost
     assert verify(Folder.read(folder), full=True).sound
 
@@ -432,120 +424,3 @@ def test_cut_short_under_a_reader_names_the_row(sound):
             cache.read([0])
         with pytest.raises(CorruptCacheError, match=r"Row 0 of the cache .* is cut short"):
             next(cache.batches([[0]]))
-
-
-# -- gc and export ---------------------------------------------------------------------------------
-
-
-def test_gc_removes_what_nobody_needs_and_nothing_else(sound):
-    root, folder, rows, before = sound
-    names = shards(folder)
-    stale = folder / ("0" * 32 + ".safetensors")
-    shutil.copy(names[0], stale)
-    parts = [
-        folder / f"{names[0].name}.1a2b3c4d-0.part",
-        folder / f"{MANIFEST}.77.part",
-        folder / f"{INDEX}.12.part",
-    ]
-    for part in parts:
-        part.write_bytes(b"xy")
-    mine = [folder / "notes.txt", folder / "my.part", folder / "0.safetensors", folder / "sub"]
-    for path in mine[:-1]:
-        path.write_text("mine")
-    mine[-1].mkdir()
-    (folder / LOCK).touch()
-    expected = sorted(path.name for path in [stale, *parts])
-    for dry in (True, False):
-        names, size = gc(Folder.read(folder), dry_run=dry)
-        assert sorted(names) == expected and size == stale.stat().st_size + 6 if dry else True
-    assert all(path.exists() for path in mine)
-    assert not any(path.exists() for path in [stale, *parts])
-    for path in mine[:-1]:
-        path.unlink()
-    mine[-1].rmdir()
-    assert files(folder) == before and rows_of(ActivationCache.open(root)) == rows
-    assert gc(Folder.read(folder)) == ([], 0)
-
-
-def test_gc_keeps_the_shards_of_a_build_that_has_not_ended(sound):
-    root, folder, rows, _ = sound
-    (folder / INDEX).unlink()
-    assert gc(Folder.read(folder)) == ([], 0)
-    assert rows_of(ActivationCache.open(root)) == rows
-
-
-def test_export(sound, tmp_path):
-    root, folder, rows, before = sound
-    (folder / "notes.txt").touch()
-    (folder / f"{INDEX}.12.part").touch()
-    copy = export(Folder.read(folder), tmp_path / "far" / "away")
-    shutil.rmtree(root)
-    assert copy.parent == tmp_path / "far" / "away" and files(copy) == before
-    opened = ActivationCache.open(copy.parent)  # no texts, no model
-    assert rows_of(opened) == rows and opened.verify(full=True).sound
-    again = ActivationCache.open(copy.parent, model(), insertion_layer=K)
-    assert len(again.ensure(model(), DATA, insertion_layer=K)) == len(DATA)
-    assert files(copy) == before
-
-
-@pytest.mark.parametrize("where", ["hidden", "tables", "missing", "link", "index", "no index"])
-def test_export_refuses_what_is_not_sound(sound, tmp_path, where):
-    _, folder, _, _ = sound
-    path = shards(folder)[0]
-    read = Folder.read(folder)
-    if where == "hidden":
-        flip(path, layout_of(path).hidden_offset + 9, 3)
-    elif where == "tables":
-        flip(path, layout_of(path).hidden_offset - 1, 3)
-    elif where == "index":
-        flip(folder / INDEX, 30, 2)
-    elif where == "no index":
-        (folder / INDEX).unlink()
-    else:
-        DAMAGES[where][0](path)
-    out = tmp_path / "out"
-    out.mkdir()
-    with pytest.raises(CacheError, match="not sealed" if where == "no index" else "repair|copy"):
-        export(read, out)
-    assert not any(out.iterdir())
-
-
-def test_export_where_something_is(sound, tmp_path):
-    _, folder, _, _ = sound
-    for make in (Path.mkdir, Path.touch, lambda path: path.symlink_to("nowhere")):
-        target = tmp_path / folder.name
-        make(target)
-        with pytest.raises(CacheError, match="is there already, expected a new folder"):
-            export(Folder.read(folder), tmp_path)
-        assert {path.name for path in tmp_path.iterdir()} == {"cache", folder.name}
-        target.rmdir() if target.is_dir() else target.unlink()
-    (tmp_path / "file").touch()
-    with pytest.raises(CacheError, match="cannot be written: Not a directory"):
-        export(Folder.read(folder), tmp_path / "file")
-
-
-def test_the_copy_is_looked_at_too(sound, tmp_path, monkeypatch):
-    """A disk that keeps other bytes than it was given."""
-    plain = shutil.copyfileobj
-    for at in (4000, -20):  # tables, hidden states
-
-        def bad(source, target, size, at=at):
-            plain(source, target, size)
-            target.flush()
-            offset = at if at > 0 else os.path.getsize(target.name) + at
-            flip(Path(target.name), offset, 0)
-
-        monkeypatch.setattr(shutil, "copyfileobj", bad)
-        with pytest.raises(
-            CorruptCacheError, match=r"do not match their digest|match its hash|dam"
-        ):
-            export(Folder.read(sound[1]), tmp_path / "out")
-        assert not any((tmp_path / "out").iterdir())
-
-
-def test_a_copy_that_was_interrupted_is_no_cache(sound, tmp_path):
-    root, folder, rows, _ = sound
-    shutil.copytree(folder, root / f"{folder.name}.4711.part")
-    opened = ActivationCache.open(root)
-    assert rows_of(opened) == rows
-    assert torch.equal(opened.read([0]).hidden, ActivationCache.open(folder).read([0]).hidden)

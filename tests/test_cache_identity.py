@@ -10,7 +10,7 @@ import transformers as tf
 from adapters import lpt, stir
 from cached_texts import alone, assert_rows, counted, filled, ragged
 from peft import LoraConfig, get_peft_model
-from tiny import AUTO, FAMILIES, PAD, tiny
+from tiny import AUTO, CAUSAL, FAMILIES, PAD, tiny
 
 from lpt_fast.backbone.families import find_backbone
 from lpt_fast.cache import ActivationCache, CacheError, MissingRowsError
@@ -150,32 +150,33 @@ def test_fields_that_do_not_count(family, name):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_cache_for_every_task(family, tmp_path):
     """Precompute with AutoModel, train with a head and an adapter, in whatever mode: one cache."""
+    data = [{"input_ids": [*example["input_ids"], 1]} for example in ragged()]  # 1: T5's end
     kinds = ["SEQ_CLS"]
-    if family == "t5":
-        kinds.append("SEQ_2_SEQ_LM")
-    elif type(tiny(family).config) in AUTO["CAUSAL_LM"]._model_mapping:
-        kinds.append("CAUSAL_LM") if tiny(family).config.model_type != "bert" else None
+    if family in (*CAUSAL, "t5"):
+        kinds.append("CAUSAL_LM" if family in CAUSAL else "SEQ_2_SEQ_LM")
     source = tiny(family, kinds[-1] if family == "t5" else "SEQ_CLS")
     source.save_pretrained(tmp_path / "model")
     auto = tf.T5EncoderModel if family == "t5" else tf.AutoModel
     attention = {"attn_implementation": source.config._attn_implementation}
     base = auto.from_pretrained(tmp_path / "model", **attention)
-    cache, rows = filled(tmp_path / "cache", base, ragged())
+    cache, rows = filled(tmp_path / "cache", base, data)
     expected = cache.read(rows).hidden
     for kind in kinds:
-        model = AUTO[kind].from_pretrained(tmp_path / "model", **attention)
+        names = {"id2label": {0: "a", 1: "b"}} if kind == "SEQ_CLS" else {}
+        model = AUTO[kind].from_pretrained(tmp_path / "model", **attention, **names)
         before = digest(model)
-        model.config.id2label = {0: "a", 1: "b", 2: "c"}
         adapted = get_peft_model(model, lpt(task_type=kind, insertion_layer=K)).train()
         stir(adapted)
         assert digest(adapted) == digest(base) == before
         opened = ActivationCache.open(tmp_path / "cache", adapted)
         with counted(model) as seen:
-            rows = opened.ensure(adapted, ragged())
+            rows = opened.ensure(adapted, data)
         assert not seen and torch.equal(opened.read(rows).hidden, expected)
         if kind == "SEQ_CLS":
             labels = torch.zeros(12, dtype=torch.long)
-            adapted(cached_hidden=opened.read(rows), labels=labels).loss.backward()
+            out = adapted(cached_hidden=opened.read(rows), labels=labels)
+            assert out.logits.shape == (12, 2)
+            out.loss.backward()
 
 
 def test_a_fingerprint_is_cheap_and_sees_changes():
@@ -242,6 +243,9 @@ def test_other_models_get_rows_of_their_own(way, tmp_path):
         ActivationCache.open(tmp_path / cache.identity.folder, other, insertion_layer=K)
     mine = ActivationCache.open(tmp_path, other, insertion_layer=K, store="fp32")
     assert len(mine) == 0
+    for act in (lambda: mine.read([0]), lambda: mine.rows(ragged()), lambda: mine.stats()):
+        with pytest.raises(CacheError, match="holds no cache yet, expected one to read from"):
+            act()
     with counted(other) as seen:
         rows = mine.ensure(other, ragged())
     assert sum(seen) == 12

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -246,7 +247,10 @@ def get_layers(backbone: nn.Module, family: Family) -> nn.ModuleList:
 
 def frozen_below(backbone: nn.Module, family: Family, k: int) -> list[nn.Module]:
     """Everything that acts before the insertion: embeddings and layers 1..k."""
-    return [*_others(backbone, family, set(family.after)), *get_layers(backbone, family)[:k]]
+    below = [*_others(backbone, family, set(family.after)), *get_layers(backbone, family)[:k]]
+    if family.first_layer_extra:
+        below.append(attrgetter(family.first_layer_extra)(backbone))
+    return [module for module in below if module is not None]
 
 
 def frozen_above(backbone: nn.Module, family: Family, k: int) -> list[nn.Module]:

@@ -93,7 +93,9 @@ class ActivationCache:
         self._keys: KeyTable | None = None
         self._reader: RowReader | None = None
         self._identity: Identity | None = None
-        self._rules: TextRules | None = None  # of the model, once one was seen
+        # Of the model, once one was seen (the identity in any store).
+        self._rules: TextRules | None = None
+        self._wanted: Identity | None = None
         self._looked = not canary
 
     # -- opening -----------------------------------------------------------------------------------
@@ -149,6 +151,7 @@ class ActivationCache:
                 and self._store in (None, own.store)
                 and self._compute_dtype in (None, own.compute_dtype)
                 and own.digest.startswith(self._identity_asked or "")
+                and (self._wanted is None or self._wanted.at(store=own.store).digest == own.digest)
             ):
                 found.append(folder)
         if len(found) == 1:
@@ -163,7 +166,7 @@ class ActivationCache:
         """Finds the cache of a model; without a store given, any of that model's does."""
         check_frozen(place)
         wanted = identity_of(place, self._store or "bf16", self._compute_dtype)
-        self._rules = TextRules.of(place.backbone, place.family)
+        self._rules, self._wanted = TextRules.of(place.backbone, place.family), wanted
         if self._identity is not None:
             own = wanted.at(store=self._identity.store)
             if own.digest != self._identity.digest:
@@ -500,7 +503,7 @@ class ActivationCache:
         self.close()
 
     def _take_up(self) -> None:
-        """Opened without a model: the only cache of the folder is meant."""
+        """The only cache of the folder that fits is meant (that of another model never does)."""
         if self._reader is None and self.root.is_dir():
             self._bind_only(needed=False)
 

@@ -27,7 +27,7 @@ import numpy as np
 from .documents import read_document, write_document
 from .errors import CacheError, CorruptCacheError
 from .identity import Identity
-from .shard import REPAIR, STORES, Tables, open_file, read_tables, shard_name
+from .shard import MAX_ROWS, REPAIR, STORES, Tables, open_file, read_tables, shard_name
 
 MANIFEST, INDEX, LOCK = "manifest.json", "index.json", ".lock"
 _SHARD = re.compile(r"[0-9a-f]{32}\.safetensors")
@@ -102,7 +102,7 @@ class Folder:
                 content["identity_sha256"] == identity.digest
                 and identity.store in STORES
                 and type(identity.width) is int
-                and identity.width > 0
+                and 0 < identity.width <= MAX_ROWS
                 and type(identity.layer) is int
                 and isinstance(identity.compute_dtype, str)
                 and (scale is not None) == (identity.store == "int8c")

@@ -34,6 +34,7 @@ _IGNORED = re.compile(
     r"|architectures|transformers_version|torch_dtype|dtype|id2label|label2id|num_labels"
     r"|problem_type|finetuning_task|task_specific_params|return_dict|output_.*|use_cache"
     r"|tokenizer_class|gradient_checkpointing|tie_word_embeddings|chunk_size_feed_forward"
+    r"|is_encoder_decoder"
     r"|(bos|eos|sep|cls|pad|decoder_start|mask)_token_id|name_or_path|model_type_alias"
 )
 

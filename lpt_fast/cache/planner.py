@@ -146,7 +146,7 @@ def payoff(epochs: float, forward: float, missing: float, reading: float) -> Pay
     with_cache = 1.1 * missing * forward + epochs * reading
     even = "never"
     if forward > reading:
-        even = f"from epoch {max(1, round(1.1 * missing * forward / (forward - reading) + 0.5))} on"
+        even = f"from epoch {int(1.1 * missing * forward / (forward - reading)) + 1} on"
     verdict = "pays" if with_cache < without else "does not pay"
     return Payoff(
         with_cache < without,

@@ -246,14 +246,13 @@ def read_keys(dataset, rules: TextRules) -> DatasetKeys:
 
 def as_keys(keys) -> np.ndarray:
     """Keys given as a list of 16 bytes each, or uint64 [B, 2], as uint64 [B, 2]."""
-    if isinstance(keys, np.ndarray) and keys.dtype == np.uint64 and keys.ndim == 2:
-        return keys
-    try:
-        joined = b"".join(bytes(key) for key in keys)
-        if len(joined) == KEY_BYTES * len(keys):
-            return np.frombuffer(joined, np.uint64).reshape(-1, 2)
-    except (TypeError, ValueError):
-        pass
+    if isinstance(keys, np.ndarray):
+        if keys.dtype == np.uint64 and keys.ndim == 2 and keys.shape[1] == 2:
+            return keys
+    elif isinstance(keys, list | tuple) and all(
+        isinstance(key, bytes) and len(key) == KEY_BYTES for key in keys
+    ):
+        return np.frombuffer(b"".join(keys), np.uint64).reshape(-1, 2)
     raise CacheError(
         f"Keys must be {KEY_BYTES} bytes each or uint64 [B, 2], got {type(keys).__name__}."
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import stat
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ class Layout:
         """Name -> first byte and end, counted from the end of the header."""
         spans, place = {}, 0
         for name, (dtype, shape) in self.tensors.items():
-            end = place + int(np.prod(shape, dtype=object)) * DTYPES[dtype][1]
+            end = place + math.prod(shape) * DTYPES[dtype][1]
             spans[name] = (place, end)
             place = end
         return spans
