@@ -75,7 +75,7 @@ def test_every_weight_below_the_cut(family):
         assert not inside or (int(name.removeprefix(layers + ".").split(".")[0]) < K) == any(
             name == other for other, _ in tensors_of(cut(model, K).lower)
         )
-    for name, buffer in tensors_of(cut(model, K).lower):  # tables of positions, of frequencies
+    for name, buffer in cut(model, K).lower.named_buffers():  # of positions, of frequencies
         with torch.no_grad():
             kept = buffer.clone()
             buffer.add_(1)
