@@ -110,6 +110,7 @@ def build(source: Source, sizes: Sizes) -> Iterator[Figure]:
             details={
                 "least": min(ratios),
                 "most": max(ratios),
+                "of_fastest": min(built) / min(bare),
                 "forward_s": statistics.median(bare),
                 "rows": len(examples),
                 "threads": torch.get_num_threads(),

@@ -14,7 +14,7 @@ from cache_cases import files, fill, folder_of, forged, layout_of, rows_of, serv
 from test_cache_hostile import LACKING, opened_with, spelled, total
 
 from bench.cache_mutations import redigested, sealed_by
-from lpt_fast.cache import CorruptCacheError
+from lpt_fast.cache import ActivationCache, CorruptCacheError
 from lpt_fast.cache.documents import write_document
 from lpt_fast.cache.folder import INDEX, Folder
 from lpt_fast.cache.shard import MAX_HEADER, Layout
@@ -170,6 +170,36 @@ def test_a_header_of_canonical_but_huge_numbers(sound):
             Folder.read(folder).write_index([])
             path.write_bytes(data)
             repair(Folder.read(folder))
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"rows": 0, "tokens": 0},
+        {"rows": 0},
+        {"rows": -1, "tokens": 9},
+        {"rows": 9, "tokens": 8},
+        {"width": 0},
+        {"rows": 1, "tokens": True},
+        {"width": True},
+        {"width": 32.0},
+        {"ids": "U8"},
+        {"ids": "U64"},
+        {"types": "U16"},
+        {"identity": 7},
+    ],
+)
+def test_a_header_that_is_canonical_and_no_shard(sound, numbers):
+    """The file agrees with its header in every byte; what it says makes no sense."""
+    root, folder, rows = sound
+    path = min(folder.glob("*.safetensors"))
+    layout = replace(layout_of(path), **numbers)
+    data = bytearray(layout.header + bytes(max(0, int(layout.size) - len(layout.header))))
+    data = bytes(data) if type(layout.size) is float else redigested(data, layout)
+    plant(folder, path, data, layout_of(path))
+    assert_shard_refused(root, folder, path, rows, "header is damaged|has [0-9]+ bytes, expected")
+    (folder / INDEX).unlink(missing_ok=True)
+    assert "header is damaged" in ActivationCache.open(root).stats()["problems"][0]
 
 
 def test_a_shard_of_another_store_or_width(sound):

@@ -54,8 +54,12 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def read_document(path: Path) -> dict[str, Any]:
+def read_document(path: Path, way_out: str) -> dict[str, Any]:
     """What `write_document` wrote.
+
+    Args:
+        path: of the file.
+        way_out: what to do about a damaged one, for the message.
 
     Raises:
         CorruptCacheError: not there, or not to the bit what was written.
@@ -78,7 +82,6 @@ def read_document(path: Path) -> dict[str, Any]:
         sound = False
     if not sound:
         raise CorruptCacheError(
-            f"{path} is damaged (it does not match its digest); `lpt-fast cache verify --repair` "
-            "makes it anew from the shards, or copy it again."
+            f"{path} is damaged (it does not match its digest); copy it again, or {way_out}."
         )
     return content

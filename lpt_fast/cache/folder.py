@@ -89,7 +89,10 @@ class Folder:
         Raises:
             CorruptCacheError: no manifest, a damaged one, or one of another identity.
         """
-        content = read_document(path / MANIFEST)
+        content = read_document(
+            path / MANIFEST,
+            "take the folder away and fill it again with `lpt-fast precompute`",
+        )
         try:
             identity = Identity(content["identity"])
             scale = content["channel_scale"]
@@ -140,7 +143,9 @@ class Folder:
         path = self.path / INDEX
         if not os.path.lexists(path):
             return None
-        content = read_document(path)
+        content = read_document(
+            path, "`lpt-fast cache verify --repair` makes it anew from the shards"
+        )
         if content.get("identity_sha256") != self.identity.digest:
             raise CorruptCacheError(
                 f"{path} belongs to another cache; `lpt-fast cache verify --repair` makes it anew."
