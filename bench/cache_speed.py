@@ -74,6 +74,15 @@ def _check_built(cache: ActivationCache, runner: Runner, groups: list[list], lay
         require(error <= allowed, f"built rows differ from the forward by {error:.2g}")
 
 
+def clocks(call: Callable) -> np.ndarray:
+    """Seconds of wall time and of processor time, [2]. The second hardly depends on what else the
+    machine does, and counts what overlaps in full.
+    """
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    return np.array([time.perf_counter() - wall, time.process_time() - cpu])
+
+
 def build(source: Source, sizes: Sizes) -> Iterator[Figure]:
     """ActivationCache.build into a fresh folder, over the same batches run with nothing kept."""
     model = source.base()
@@ -85,10 +94,10 @@ def build(source: Source, sizes: Sizes) -> Iterator[Figure]:
             for texts in groups:
                 runner.run(texts)
 
-        def fill(layer=layer, check=None) -> float:
+        def fill(layer=layer, check=None) -> np.ndarray:
             with temporary() as folder:
                 cache = ActivationCache.open(folder, canary=False)
-                took = seconds(lambda: cache.build(model, examples, insertion_layer=layer))
+                took = clocks(lambda: cache.build(model, examples, insertion_layer=layer))
                 if check is not None:
                     check(cache)
             return took
@@ -99,19 +108,21 @@ def build(source: Source, sizes: Sizes) -> Iterator[Figure]:
         ratios, bare, built = [], [], []
         for turn in range(sizes.build_repeats):
             for what in (0, 1) if turn % 2 else (1, 0):
-                (bare if what else built).append(seconds(forward) if what else fill())
+                (bare if what else built).append(clocks(forward) if what else fill())
             ratios.append(built[-1] / bare[-1])
+        bare, built, ratios = np.array(bare), np.array(built), np.array(ratios)
         yield Figure(
             "build",
             f"over the bare forward, k = {layer}",
-            statistics.median(ratios),
+            float(np.median(ratios[:, 0])),
             "x",
             BUILD_TARGET,
             details={
-                "least": min(ratios),
-                "most": max(ratios),
-                "of_fastest": min(built) / min(bare),
-                "forward_s": statistics.median(bare),
+                "least": float(ratios[:, 0].min()),
+                "most": float(ratios[:, 0].max()),
+                "of_fastest": float(built[:, 0].min() / bare[:, 0].min()),
+                "processor_time": float(np.median(ratios[:, 1])),
+                "forward_s": float(np.median(bare[:, 0])),
                 "rows": len(examples),
                 "threads": torch.get_num_threads(),
             },
