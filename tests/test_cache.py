@@ -397,3 +397,18 @@ def test_nothing_changes_on_disk_by_reading(model, tmp_path):
     list(again.batches([rows]))
     again.verify(full=True)
     assert before == (files(folder), [p.stat().st_mtime_ns for p in sorted(folder.iterdir())])
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_cache_without_rows(store, tmp_path):
+    """What a first build that failed leaves is read as nothing, and filled later."""
+    model = tiny("llama")
+    cache, rows = filled(tmp_path, model, ragged(), store=store)
+    expected = cache.read(rows).hidden
+    for path in [*tmp_path.rglob("*.safetensors"), *tmp_path.rglob("index.json")]:
+        path.unlink()
+    empty = ActivationCache.open(tmp_path, model, insertion_layer=2, store=store)
+    batch = empty.read([])
+    assert len(empty) == len(batch) == 0 and batch.hidden.shape == (0, 32)
+    assert empty.stats()["rows"] == 0 and empty.stats()["store"] == store
+    assert torch.equal(empty.read(empty.ensure(model, ragged())).hidden, expected)

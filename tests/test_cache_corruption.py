@@ -386,6 +386,42 @@ def test_an_old_index(sound):
     assert verify(Folder.read(folder), full=True).sound
 
 
+def test_shards_that_would_double_rows(sound, tmp_path):
+    """The same rows cut into other shards: sound, and of no use beside those that the index names.
+    Without an index they serve all the same, and a verification says that they are there twice.
+    """
+    root, folder, rows, before = sound
+    fill(tmp_path / "other", DATA, shard_bytes=3 * SHARD_BYTES)
+    others = shards(folder_of(tmp_path / "other"))
+    assert not {path.name for path in others} & before.keys()
+    for path in others:
+        shutil.copy(path, folder)
+    assert rows_of(ActivationCache.open(root)) == rows
+    report, opened = built(root, [*DATA, {"input_ids": [7, 7, 8, 8]}])
+    assert report.computed == 1 and len(rows_of(opened)) == len(rows) + 1
+    assert verify(Folder.read(folder), full=True).sound
+
+    (folder / INDEX).unlink()
+    opened = ActivationCache.open(root)
+    assert served(opened, rows) == {"equal": len(rows)}
+    (problem,) = verify(Folder.read(folder), full=True).problems
+    assert f"{len(rows)} rows of {folder} are there twice" in problem
+
+
+def test_repair_reads_what_no_index_names(sound):
+    root, folder, rows, _ = sound
+    path = shards(folder)[0]
+    lost = keys_of(folder, path)
+    entries = Folder.read(folder).read_index()
+    Folder.read(folder).write_index(entry for entry in entries if entry.name != path.name)
+    flip(path, layout_of(path).hidden_offset + 5, 5)
+    report = repair(Folder.read(folder))
+    assert report.bad == [path.name] and not path.exists()
+    assert verify(Folder.read(folder), full=True).sound
+    opened = ActivationCache.open(root)
+    assert served(opened, rows) == {"equal": len(rows) - len(lost), "absent": len(lost)}
+
+
 # -- while it is open ------------------------------------------------------------------------------
 
 

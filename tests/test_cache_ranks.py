@@ -133,7 +133,21 @@ def build_until_killed(root) -> None:
     built(root, DATA, store="fp32")
 
 
+def build_late(root) -> None:
+    """Rank 1 comes when rank 0 has been there."""
+    if os.environ["RANK"] == "1":
+        time.sleep(1)
+    build_and_tell(root)
+
+
+def agree_often() -> None:
+    ranks = Ranks.of_environment()
+    say([ranks.agree(lambda i=i: {"i": i + 10 * ranks.rank})["i"] for i in range(10)])
+
+
 def build_one_by_one(root) -> None:
+    if os.environ["RANK"] == "1":
+        Slow(0.05)
     build_and_tell(root, shard_bytes=1)
 
 
@@ -236,9 +250,14 @@ def test_started_by_hand(tmp_path, alone):
     first, second = ranks(2, build_and_tell, tmp_path)
     told = [first.wait(), second.wait()]
     assert_shared(told, tmp_path, alone)
-    children = ranks(2, build_and_tell, tmp_path)
+    children = ranks(2, build_late, tmp_path)
     assert [child.wait()["computed"] for child in children] == [0, 0]
     assert [child.end() for child in children] == [0, 0]
+
+
+def test_agreeing_again_and_again():
+    children = ranks(3, agree_often)
+    assert [child.wait() for child in children] == [list(range(10))] * 3
 
 
 def test_a_damaged_file_in_place_of_a_shard_that_another_makes(tmp_path, alone):
