@@ -520,9 +520,10 @@ class Builder:
                         return False
                 return True
 
-            if self.ranks.rank == 0:
-                wait_until(all_there, paths, "the shards of the other processes")
-            else:
+            # (An index of before may name a shard that is being made again: on every rank, what
+            # counts first is that it is there and sound.)
+            wait_until(all_there, paths, "the shards of the other processes")
+            if self.ranks.rank != 0:
                 wait_until(all_named, paths, "process 0 to seal the cache")
             for target in self.targets:
                 target.state.load(adopt=self.ranks.rank == 0)
