@@ -34,7 +34,6 @@ import psutil
 import torch
 
 from lpt_fast.cache import ActivationCache, CacheError
-from lpt_fast.cache.build import State
 from lpt_fast.cache.folder import Folder
 from lpt_fast.cache.identity import Identity
 from lpt_fast.cache.index import KeyTable, RowTable
@@ -42,6 +41,7 @@ from lpt_fast.cache.planner import Plan
 from lpt_fast.cache.quantize import encode
 from lpt_fast.cache.reader import RowReader
 from lpt_fast.cache.rows import Text
+from lpt_fast.cache.state import State
 from lpt_fast.cache.verify import verify
 from lpt_fast.cache.writer import ShardWriter
 

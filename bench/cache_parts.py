@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from lpt_fast.cache import ActivationCache, canary
-from lpt_fast.cache.build import State
 from lpt_fast.cache.folder import Folder
 from lpt_fast.cache.identity import cut
 from lpt_fast.cache.index import RowTable
@@ -19,6 +18,7 @@ from lpt_fast.cache.planner import Plan
 from lpt_fast.cache.quantize import torch_dtype
 from lpt_fast.cache.reader import RowReader
 from lpt_fast.cache.shard import STORES
+from lpt_fast.cache.state import State
 
 from .cache_data import Figure, Sizes, Source, require, temporary, wide_encoder
 

@@ -18,11 +18,11 @@ import torch
 
 from lpt_fast.backbone.families import find_backbone
 from lpt_fast.cache import ActivationCache, canary
-from lpt_fast.cache.build import SHARD_BYTES, plan_shards
 from lpt_fast.cache.folder import Folder, find_folders
 from lpt_fast.cache.forward import BATCH_TOKENS, Runner, batches_of
 from lpt_fast.cache.guards import check_batch
 from lpt_fast.cache.identity import cut, own_dtype
+from lpt_fast.cache.plan import SHARD_BYTES, plan_shards
 from lpt_fast.cache.quantize import torch_dtype
 from lpt_fast.cache.rows import TextRules, read_keys, to_text
 from lpt_fast.packing import PackedBatch
@@ -53,11 +53,8 @@ def bare_batches(model, layer: int, examples: list[dict]) -> tuple[Runner, list[
     rules = TextRules.of(place.backbone, place.family)
     keys = read_keys(examples, rules)
     token = place.backbone.config.hidden_size * torch_dtype("bf16").itemsize
-    _, first = np.unique(keys.keys, axis=0, return_index=True)
-    wanted = np.zeros(len(keys), bool)
-    wanted[first] = True
     groups = []
-    for rows in plan_shards(keys, wanted, SHARD_BYTES // token):
+    for rows in plan_shards(keys, keys.first, SHARD_BYTES // token):
         texts = [to_text(row, examples[row], rules) for row in rows.tolist()]
         lengths = keys.lengths[rows]
         groups += [texts[part] for part in batches_of(lengths, BATCH_TOKENS["cpu"])]

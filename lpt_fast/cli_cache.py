@@ -44,8 +44,9 @@ def info(
 ) -> None:
     """What is in it: model, layer, store, rows, tokens, sizes, where it came from."""
     with clean_errors():
-        from .cache.build import State, folder_size
+        from .cache.folder import folder_size
         from .cache.planner import amount
+        from .cache.state import State
         from .cache.verify import garbage
 
         for folder in _folders(path, identity):

@@ -20,15 +20,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from .arguments import PrecomputeArguments
 from .backbone.families import find_backbone, get_layers
 from .cache import ActivationCache
-from .cache.build import State, Target, bytes_needed
 from .cache.folder import MANIFEST, Folder, find_folders
-from .cache.forward import BATCH_TOKENS, Runner, batches_of, device_of
+from .cache.forward import Runner, batches_of, device_of
 from .cache.guards import check_frozen
 from .cache.identity import cut, identity_of
+from .cache.plan import Target, bytes_needed
 from .cache.planner import amount, payoff
-from .cache.quantize import torch_dtype
 from .cache.ranks import Ranks
 from .cache.rows import DatasetKeys, TextRules, read_keys, to_text
+from .cache.state import State
 from .console import table
 from .data import (
     Formulation,
@@ -118,6 +118,10 @@ def choose_device(use_cpu: bool) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
+def shard_bytes_of(args: PrecomputeArguments) -> int:
+    return int(args.shard_mb * 2**20)
+
+
 def precompute(args: PrecomputeArguments) -> Iterator[str]:
     """Fills the cache (or says what that would take); the body of the command.
 
@@ -141,7 +145,7 @@ def precompute(args: PrecomputeArguments) -> Iterator[str]:
         examples,
         insertion_layer=layers,
         batch_tokens=args.batch_tokens,
-        shard_bytes=int(args.shard_mb * 2**20),
+        shard_bytes=shard_bytes_of(args),
         max_bytes=None if args.max_cache_gb is None else int(args.max_cache_gb * 1e9),
         wait=args.wait,
         progress=True,
@@ -181,7 +185,7 @@ def dry_run(
         target = Target(at, state)
         missing = target.find_missing(keys)
         tokens = int(keys.lengths[missing].sum())
-        size = bytes_needed(target, keys) if missing.any() else 0
+        size = bytes_needed(target, keys, shard_bytes_of(args)) if missing.any() else 0
         needed += size
         share = max(share, tokens / int(keys.lengths.sum()))
         counts = (f"{len(keys):,}", f"{int(missing.sum()):,}", f"{tokens:,}")
@@ -199,8 +203,7 @@ def dry_run(
         f"Time: about {1.1 * share * forward:,.1f} s to fill ({rate:,.0f} tokens/s measured on a "
         f"few batches through layer {max(layers)} on {device_of(place)})."
     )
-    width = identity.width * torch_dtype(args.store).itemsize
-    reading = int(keys.lengths.sum()) * width / READ_RATE
+    reading = int(keys.lengths.sum()) * identity.token_bytes / READ_RATE
     advice = payoff(args.num_train_epochs, forward, share, reading)
     yield f"Advice: {advice}. (Epochs of all runs that will use it: --num_train_epochs.)"
 
@@ -208,13 +211,12 @@ def dry_run(
 def _tokens_per_second(args, model, layers, examples, keys: DatasetKeys, rules) -> float:
     """Of the lower layers, on batches of short, middling and long texts."""
     runner = Runner(cut(model, max(layers)), layers, args.compute_dtype or args.torch_dtype)
-    budget = args.batch_tokens or BATCH_TOKENS.get(runner.device.type, BATCH_TOKENS["cuda"])
     order = np.lexsort((keys.lengths, keys.kinds))
     tokens = seconds = 0.0
     for share in (0.1, 0.5, 0.9):
         rows = order[int(share * (len(order) - 1)) :]
         rows = rows[keys.kinds[rows] == keys.kinds[rows[0]]]
-        batch = next(batches_of(keys.lengths[rows], budget))
+        batch = next(batches_of(keys.lengths[rows], runner.budget(args.batch_tokens)))
         texts = [to_text(row, examples[row], rules) for row in rows[batch].tolist()]
         for warm in (False, True):
             start = time.perf_counter()

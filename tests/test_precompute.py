@@ -131,6 +131,22 @@ def test_dry_run(models_dir, data, tmp_path):
     )
 
 
+def test_dry_run_counts_the_files(models_dir, data, tmp_path):
+    """Many small files take more room than one: each has a header of its own."""
+
+    def written(*more) -> float:
+        shown = fill(models_dir, data, tmp_path / "c", "--dry_run", "--insertion_layer", 1, *more)
+        line = next(line for line in shown.splitlines() if line.startswith("1 "))
+        number, unit = line.split()[-2:]
+        return float(number) * {"B": 1, "KiB": 2**10, "MiB": 2**20}[unit]
+
+    whole, cut_up = written(), written("--shard_mb", "0.001")
+    assert cut_up > whole + 2**15
+    fill(models_dir, data, tmp_path / "c", "--insertion_layer", 1, "--shard_mb", "0.001")
+    shards = list((tmp_path / "c").glob("*/*.safetensors"))
+    assert len(shards) > 8 and sum(p.stat().st_size for p in shards) <= cut_up
+
+
 def test_refusals(models_dir, data, tmp_path):
     call = ["precompute", "--model", models_dir / "bert", "--train_file", data["train"]]
     out = ["--out", tmp_path / "c", "--use_cpu"]

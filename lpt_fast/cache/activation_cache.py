@@ -13,25 +13,19 @@ import torch
 from ..backbone.families import FAMILIES
 from ..packing import PackedBatch
 from . import canary as canaries
-from .build import (
-    Builder,
-    BuildReport,
-    BuildSettings,
-    State,
-    Target,
-    exact_sources,
-    folder_size,
-)
+from .build import Builder, BuildReport, BuildSettings, exact_sources
 from .errors import CacheError, MissingRowsError
-from .folder import MANIFEST, Folder, find_folders
+from .folder import MANIFEST, Folder, find_folders, folder_size
 from .forward import device_of
 from .guards import check_frozen
 from .identity import Identity, Place, cut, identity_of
 from .index import KeyTable, RowTable
+from .plan import Target
 from .planner import Plan, choose_tier
 from .reader import RowReader, check_mode, check_rows
 from .rows import DatasetKeys, TextRules, as_keys, read_keys
 from .shard import STORES
+from .state import State
 from .verify import VerifyReport, verify
 
 logger = logging.getLogger(__name__)
@@ -230,7 +224,7 @@ class ActivationCache:
         self._table = RowTable.of(list(self._state.shards.items()))
         self._keys = KeyTable(self._table.key)
         identity = self._identity
-        size = self._table.num_tokens * identity.width * _element(identity)
+        size = self._table.num_tokens * identity.token_bytes
         plan = choose_tier(size, self._device, self._tier)
         if self._reader is None or plan.tier != self._reader.plan.tier:
             logger.info("Activation cache %s is read from %s", self._state.folder.path, plan)
@@ -519,10 +513,6 @@ class ActivationCache:
 def _check_room(room: int) -> None:
     if isinstance(room, bool) or not isinstance(room, int) or room < 0:
         raise CacheError(f"`room` must be a whole number of at least 0, got {room!r}.")
-
-
-def _element(identity: Identity) -> int:
-    return {"fp32": 4, "fp16": 2, "bf16": 2}.get(identity.store, 1)
 
 
 def _name(identity: Identity) -> str:

@@ -1,34 +1,33 @@
-"""Filling caches: which rows are missing, in which shards, and the loop that computes them."""
+"""Filling caches: the loop that computes and writes what is missing (plan.py says what)."""
 
 from __future__ import annotations
 
 import base64
-import os
 import secrets
 import shutil
 import time
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from . import planner, quantize
-from .errors import CacheError, CorruptCacheError
+from .errors import CacheError
 from .folder import MANIFEST, Folder, ShardEntry, find_folders
-from .forward import BATCH_TOKENS, Runner, batches_of, device_of
-from .identity import Place, cut, identity_of
+from .forward import Runner, batches_of, device_of
+from .identity import cut, identity_of
 from .index import KeyTable, RowTable
 from .lock import building, sigterm_as_exit
+from .plan import SHARD_BYTES, Target, bytes_needed, plan_shards, shard_tokens
 from .ranks import Ranks, wait_until
 from .reader import RowReader
 from .rows import DatasetKeys, Text, TextRules, to_text
-from .shard import BOUNDARY, QUANTISED, Tables, shard_name
+from .shard import QUANTISED, shard_name
+from .state import State
 from .writer import FULL, CacheWriter
 
-SHARD_BYTES = 256 * 2**20
-HEADER_BYTES = 1024  # that the header of a shard takes at most, and a few more
 CALIBRATION_TOKENS = 16384  # that an int8c store takes its channel scales from
 
 
@@ -80,150 +79,6 @@ class BuildReport:
     continued_from: int = 0
 
 
-@dataclass(eq=False)
-class State:
-    """The sound shards of a cache.
-
-    Attributes:
-        folder: the cache.
-        shards: name -> tables.
-        entries: name -> line of the index.
-        problems: what is wrong with the others, one sentence each.
-        sealed: whether the index names all of them.
-    """
-
-    folder: Folder
-    shards: dict[str, Tables] = field(default_factory=dict)
-    entries: dict[str, ShardEntry] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    sealed: bool = False
-
-    def load(self, adopt: bool) -> State:
-        """Reads what is new. With `adopt` also finished shards that the index does not name."""
-        self.problems = []
-        try:
-            listed = self.folder.read_index()
-        except CorruptCacheError as error:
-            self.problems.append(str(error))
-            listed, adopt = None, True
-        named = {entry.name: entry for entry in listed or []}
-        for name, entry in named.items():
-            if name not in self.shards:
-                self._read(name, entry)
-        # A build that has not ended yet has no index: what is finished serves.
-        if adopt or listed is None:
-            known = self.key_table()
-            for name in self.folder.shard_names():
-                if name in self.shards or name in named or not self._read(name, None):
-                    continue
-                if (known.find(self.shards[name].row_key) >= 0).all():
-                    del self.shards[name], self.entries[name]  # it would only double rows
-        self.sealed = listed is not None and self.entries.keys() <= named.keys()
-        return self
-
-    def check_there(self) -> None:
-        """Raises CacheError where shards that were read before are no longer in the folder."""
-        for entry in self.entries.values():
-            try:
-                size = os.lstat(self.folder.path / entry.name).st_size
-            except FileNotFoundError:
-                size = 0
-            if size != entry.bytes:
-                raise CacheError(
-                    f"{self.folder.path / entry.name} was changed since the cache was opened "
-                    f"({size} bytes, expected {entry.bytes}); open the cache again."
-                )
-
-    def take(self, name: str) -> bool:
-        """Whether a shard that a build makes is there and sound."""
-        if name not in self.entries and not (self.folder.path / name).exists():
-            return False
-        return name in self.entries or self._read(name, None)
-
-    def _read(self, name: str, entry: ShardEntry | None) -> bool:
-        try:
-            tables = self.folder.read_shard(name, entry)
-        except CacheError as error:  # (also one that cannot be read)
-            self.problems.append(str(error))
-            return False
-        self.shards[name], self.entries[name] = tables, ShardEntry.of(name, tables)
-        return True
-
-    def key_table(self) -> KeyTable:
-        parts = [tables.row_key for tables in self.shards.values()]
-        return KeyTable(np.concatenate(parts) if parts else np.zeros((0, 2), np.uint64))
-
-
-@dataclass(eq=False)
-class Target:
-    """A cache to fill: its state, and which texts of the data set it lacks, bool [N]."""
-
-    place: Place
-    state: State
-    missing: np.ndarray | None = None
-
-    @property
-    def folder(self) -> Folder:
-        return self.state.folder
-
-    def find_missing(self, keys: DatasetKeys) -> np.ndarray:
-        """First of equal texts only."""
-        absent = self.state.key_table().find(keys.keys) < 0
-        _, first = np.unique(keys.keys, axis=0, return_index=True)
-        self.missing = np.zeros(len(keys), bool)
-        self.missing[first] = absent[first]
-        return self.missing
-
-
-def shard_tokens(token_bytes: int, total: int, world: int, limit: int) -> int:
-    """Tokens of a shard: as many as the limit on bytes lets in; where several processes share the
-    work, at least four shards each, so that they finish together.
-    """
-    tokens = max(1, limit // token_bytes)
-    return tokens if world == 1 else max(1, min(tokens, -(-total // (4 * world))))
-
-
-def plan_shards(keys: DatasetKeys, wanted: np.ndarray, tokens: int) -> list[np.ndarray]:
-    """Cuts the wanted texts into shards: rows of the data set, longest first (what does not fit in
-    memory shows at once), of one kind each. The same texts give the same shards in any order.
-
-    Args:
-        keys: of the data set.
-        wanted: bool [N].
-        tokens: of a shard, at most (one text at least).
-    """
-    rows = np.flatnonzero(wanted)
-    order = np.lexsort(
-        (keys.keys[rows, 1], keys.keys[rows, 0], -keys.lengths[rows], keys.kinds[rows])
-    )
-    rows = rows[order]
-    shards, start, size = [], 0, 0
-    for i, row in enumerate(rows.tolist()):
-        length = int(keys.lengths[row])
-        new_kind = i > start and keys.kinds[row] != keys.kinds[rows[start]]
-        if i > start and (size + length > tokens or new_kind):
-            shards.append(rows[start:i])
-            start, size = i, 0
-        size += length
-    if start < len(rows):
-        shards.append(rows[start:])
-    return shards
-
-
-def bytes_needed(target: Target, keys: DatasetKeys, shard_bytes: int = SHARD_BYTES) -> int:
-    """An upper bound of what the missing rows take on the disk."""
-    identity = target.folder.identity
-    width = identity.width * quantize.torch_dtype(identity.store).itemsize
-    per_token = width + 4 + 2 * (identity.store in QUANTISED)
-    lengths = keys.lengths[target.missing]
-    kinds = keys.kinds[target.missing]
-    extra = 4 * int((lengths * ((kinds & 1) + (kinds >> 1))).sum())
-    # Two shards one after another hold more than one may; a kind begins a new one.
-    shards = min(len(lengths), 2 * int(lengths.sum()) * width // shard_bytes + 4)
-    head = BOUNDARY + HEADER_BYTES + 4 * identity.width * (identity.store == "int8c")
-    return int(lengths.sum()) * per_token + extra + 28 * len(lengths) + shards * head
-
-
 def check_room(targets: list[Target], keys: DatasetKeys, settings: BuildSettings) -> None:
     """Raises CacheError before anything is computed where the rows would not fit."""
     needed = [bytes_needed(target, keys, settings.shard_bytes) for target in targets]
@@ -269,7 +124,7 @@ class Builder:
         self.targets, self.dataset, self.keys = targets, dataset, keys
         self.rules, self.settings, self.sources = rules, settings, sources
         self.ranks = Ranks.of_environment()
-        self.report = BuildReport(rows=len(keys), unique=len(np.unique(keys.keys, axis=0)))
+        self.report = BuildReport(rows=len(keys), unique=int(keys.first.sum()))
 
     def run(self) -> BuildReport:
         """Computes and writes what is missing.
@@ -286,8 +141,7 @@ class Builder:
                 return self.report
             self._take(plan)
             tokens = sum(int(self.keys.lengths[t.missing].sum()) for t in self.targets)
-            identity = self.targets[0].folder.identity
-            width = identity.width * quantize.torch_dtype(identity.store).itemsize
+            width = self.targets[0].folder.identity.token_bytes
             limit = shard_tokens(width, tokens, self.ranks.world, self.settings.shard_bytes)
             wanted = np.logical_or.reduce([t.missing for t in self.targets])
             shards = plan_shards(self.keys, wanted, limit)
@@ -363,10 +217,11 @@ class Builder:
         step = max(1, int(lengths.sum()) // CALIBRATION_TOKENS)
         rows = rows[np.lexsort((keys[:, 0], lengths, kinds))][::step]
         runner = self._runner([target.place.layer])
+        budget = runner.budget(self.settings.batch_tokens)
         parts, names = [], []
         for kind in np.unique(self.keys.kinds[rows]):
             chosen = rows[self.keys.kinds[rows] == kind]
-            for batch in batches_of(self.keys.lengths[chosen], self._budget(runner)):
+            for batch in batches_of(self.keys.lengths[chosen], budget):
                 (state,) = runner.run(self._texts(chosen[batch])).values()
                 parts.append(state.float().cpu())
                 names += np.repeat(chosen[batch], self.keys.lengths[chosen[batch]]).tolist()
@@ -381,10 +236,6 @@ class Builder:
     def _runner(self, layers: list[int]) -> Runner:
         target = self.targets[0]
         return Runner(target.place, layers, target.folder.identity.compute_dtype)
-
-    def _budget(self, runner: Runner) -> int:
-        default = BATCH_TOKENS.get(runner.device.type, BATCH_TOKENS["cuda"])
-        return self.settings.batch_tokens or default
 
     def _texts(self, rows: np.ndarray) -> list[Text]:
         texts = []
@@ -434,7 +285,7 @@ class Builder:
         lengths = self.keys.lengths[rows]
         source = self._source_of(rows)
         begun = [False] * len(writers)
-        for batch in batches_of(lengths, self._budget(runner)):
+        for batch in batches_of(lengths, runner.budget(self.settings.batch_tokens)):
             if source is None:
                 states = runner.run(texts[batch])
             else:
@@ -592,12 +443,3 @@ def exact_sources(
             reader = RowReader(folder, table, plan, torch.device("cpu"))
             found.append((identity.layer, reader, KeyTable(table.key)))
     return sorted(found, key=lambda source: -source[0])
-
-
-def folder_size(path: Path) -> int:
-    """Bytes of all files of a cache."""
-    size = 0
-    for name in os.listdir(path):
-        with suppress(FileNotFoundError):  # a builder gives files their names meanwhile
-            size += os.lstat(path / name).st_size
-    return size

@@ -18,6 +18,7 @@ import base64
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -232,3 +233,12 @@ def find_folders(root: Path) -> list[Path]:
         for p in root.iterdir()
         if (p / MANIFEST).exists() and not p.is_symlink() and p.suffix != ".part"
     )
+
+
+def folder_size(path: Path) -> int:
+    """Bytes of all files of a cache."""
+    size = 0
+    for name in os.listdir(path):
+        with suppress(FileNotFoundError):  # a builder gives files their names meanwhile
+            size += os.lstat(path / name).st_size
+    return size

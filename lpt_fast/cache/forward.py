@@ -77,6 +77,10 @@ class Runner:
         # each layer to say.
         self.dtype = plain_dtype(place.lower) if self._autocast is None else None
 
+    def budget(self, asked: int | None) -> int:
+        """Tokens of a batch: what was asked for, else what suits the device."""
+        return asked or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cuda"])
+
     def _precision(self):
         """Under a caller's autocast, rows would depend on who asked for them."""
         if self._autocast is not None:

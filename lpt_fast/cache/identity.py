@@ -22,7 +22,7 @@ from ..backbone.families import Family, find_backbone, get_layers
 from ..backbone.lower import build_lower
 from .documents import canonical
 from .errors import CacheError
-from .shard import STORES
+from .shard import DTYPES, STORES
 
 VERSION = 1
 _DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
@@ -72,6 +72,11 @@ class Identity:
     def width(self) -> int:
         """D."""
         return self.content["width"]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's hidden state in the store."""
+        return self.width * DTYPES[STORES[self.store]][1]
 
     @property
     def compute_dtype(self) -> str:

@@ -12,6 +12,7 @@ import queue
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -82,7 +83,7 @@ class RowReader:
         identity = folder.identity
         self._store = identity.store
         self._dtype = torch_dtype(identity.store)
-        self._row_bytes = identity.width * self._dtype.itemsize
+        self._row_bytes = identity.token_bytes
         self._channel = (
             None if folder.channel_scale is None else torch.from_numpy(folder.channel_scale)
         )
@@ -167,6 +168,11 @@ class RowReader:
                 target[place : place + size] = source[start : start + size]
                 place += size + skip
             return
+        self._fill_from_files(rows, sizes, skip, target)
+
+    def _fill_from_files(self, rows, sizes: list[int], skip: int, target: memoryview) -> None:
+        """Bytes of `rows`, each after `skip` bytes, read from the shards and checked."""
+        place = skip
         table, check = self.table, self.check == "read"
         shards = table.shard[rows].tolist()
         files = {shard: self.files.get(shard) for shard in set(shards)}
@@ -206,22 +212,15 @@ class RowReader:
             pin = self.device.type == "cuda"
             whole = torch.empty(self.table.num_tokens, width, dtype=self._dtype, pin_memory=pin)
             target = memoryview(whole.view(torch.uint8).numpy().reshape(-1))
-            sizes = (self.table.length * self._row_bytes).tolist()
+            # Shard by shard, for each is held open while its rows are read; rows are numbered in
+            # the order of the shards.
+            ends = np.searchsorted(self.table.shard, np.arange(len(self.table.names) + 1))
             place = 0
-            for row, (shard, offset, size, wanted) in enumerate(
-                zip(
-                    self.table.shard.tolist(),
-                    self.table.offset.tolist(),
-                    sizes,
-                    self.table.hash.tolist(),
-                    strict=True,
-                )
-            ):
-                view = target[place : place + size]
-                self._read_rest(self.files.get(shard), view, 0, offset, row)
-                if self.check == "read" and xxhash.xxh3_64_intdigest(view) != wanted:
-                    raise self._corrupt(row, "does not match its hash")
-                place += size
+            for first, end in pairwise(ends.tolist()):
+                rows = np.arange(first, end)
+                sizes = (self.table.length[rows] * self._row_bytes).tolist()
+                self._fill_from_files(rows, sizes, 0, target[place:])
+                place += sum(sizes)
             self._resident = whole
         return memoryview(self._resident.view(torch.uint8).numpy().reshape(-1))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from torch import nn
@@ -221,6 +222,13 @@ class DatasetKeys:
     keys: np.ndarray
     lengths: np.ndarray
     kinds: np.ndarray
+
+    @cached_property
+    def first(self) -> np.ndarray:
+        """Whether each text is the first of those that are equal to it, bool [N]."""
+        first = np.zeros(len(self), bool)
+        first[np.unique(self.keys, axis=0, return_index=True)[1]] = True
+        return first
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from .build import State, folder_size
 from .documents import sync_folder
 from .errors import CacheError, CorruptCacheError
-from .folder import Folder
+from .folder import Folder, folder_size
 from .index import KeyTable
 from .lock import building
 from .shard import REPAIR, Tables, open_file, read_exactly
+from .state import State
 
 CHUNK = 1 << 24
 

@@ -92,7 +92,7 @@ class ShardWriter:
             self.tables["token_scale"] = np.zeros(self.layout.tokens, np.uint16)
         if self.layout.store == "int8c":
             self.tables["channel_scale"] = folder.channel_scale.view(np.uint32)
-        self.rows_done = self.tokens_done = 0
+        self.rows_done = 0
         self.name = shard_name(folder.identity.digest, keys)
         self.part = folder.path / f"{self.name}.{run}.part"
         with disk_errors(self.part, self.layout.size):
@@ -132,7 +132,7 @@ class ShardWriter:
         self.tables["row_hash"][first:end] = [digest(data[a:b]) for a, b in pairwise(places)]
         with disk_errors(self.part, len(data)):
             write_all(self.fd, data, self.layout.hidden_offset + begin * width)
-        self.rows_done, self.tokens_done = end, stop
+        self.rows_done = end
 
     def close(self) -> ShardEntry:
         """Writes the tables, makes the file last and gives it its final name."""
@@ -206,7 +206,7 @@ class CacheWriter:
     def __init__(self, folder: Folder, run: str):
         self.folder = folder
         self.entries: list[ShardEntry] = []
-        self.tokens = self.bytes = 0
+        self.bytes = 0
         scale = folder.channel_scale
         self._scale = None if scale is None else torch.from_numpy(scale)
         self._run = run
@@ -270,7 +270,6 @@ class CacheWriter:
         scale = None if self._scale is None else self._scale.to(job.hidden.device)
         codes, magnitudes = quantize.encode(job.hidden, shard.layout.store, scale)
         shard.write(codes.cpu(), magnitudes.cpu(), job.rows)
-        self.tokens += len(codes)
         self.bytes += codes.numel() * codes.element_size()
         if shard.rows_done == shard.layout.rows:
             self.entries.append(shard.close())
