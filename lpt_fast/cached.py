@@ -70,12 +70,16 @@ def hidden_states(late, batch: PackedBatch, k: int) -> tuple[Tensor, dict]:
         what it would have given; and `attention_mask` and `position_ids` (where the batch has
         them) by name, int64 [B, S].
     """
-    weights = get_layers(late.backbone, late.family)[k - 1].parameters()
-    dtype = next((p.dtype for p in weights if p.dtype in _FLOATS), batch.hidden.dtype)
     inputs = {"attention_mask": batch.mask().long()}
     if batch.position_ids is not None:
         inputs["position_ids"] = batch.pad(batch.position_ids)
-    return batch.padded().to(dtype), inputs
+    return batch.padded().to(dtype_of(late, batch, k)), inputs
+
+
+def dtype_of(late, batch: PackedBatch, k: int) -> torch.dtype:
+    """That of layer k's weights, in which it would have given its output."""
+    weights = get_layers(late.backbone, late.family)[k - 1].parameters()
+    return next((p.dtype for p in weights if p.dtype in _FLOATS), batch.hidden.dtype)
 
 
 def check_outputs(config, kwargs: dict) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -55,6 +56,22 @@ def kv_cache(backbone: nn.Module, family: Family, k: int, m: int, training: bool
             "an empty cache."
         )
     return cache, past
+
+
+def attended_of(kwargs: dict) -> tuple[Tensor | None, tuple[int, int], torch.device]:
+    """Of a call of the whole model: which tokens are attended to, bool [B, S] (None: all), (B, S)
+    and the device.
+
+    Raises:
+        ValueError: for a call without text.
+    """
+    text = kwargs.get("input_ids")
+    text = kwargs.get("inputs_embeds") if text is None else text
+    if text is None:
+        raise ValueError("The model got neither text nor hidden states, expected one; give them.")
+    mask = kwargs.get("attention_mask")
+    tokens = None if mask is None else mask.to(text.device).bool()
+    return tokens, tuple(text.shape[:2]), text.device
 
 
 def check_inputs(inputs: dict, kwargs: dict) -> None:

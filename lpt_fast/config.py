@@ -11,6 +11,7 @@ from peft.config import PeftConfig
 from . import _register
 
 GENERATORS = ("static", "npg", "appg", "mppg", "attention", "residual")
+UPPER = ("auto", "packed", "padded")
 PREFIX = "lpt_"
 
 
@@ -42,6 +43,12 @@ LPT = _LPTType("LPT")
 def _whole(name: str, value: object, low: int, why: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"`{name}` must be a whole number of at least {low}{why}, got {value!r}.")
+
+
+def check_upper(value: object) -> None:
+    """Raises ValueError unless `value` is a way to run the layers above the insertion."""
+    if value not in UPPER:
+        raise ValueError(f"`upper` must be one of {', '.join(UPPER)}, got {value!r}.")
 
 
 @dataclass
@@ -96,6 +103,14 @@ class LPTConfig(PeftConfig):
             "help": "Whether the frozen layers above the insertion keep their dropout in training. "
             "Layers at and below it never do. Off is the default because it is as good or better "
             "where it was measured (bench/results)."
+        },
+    )
+    upper: str = field(
+        default="auto",
+        metadata={
+            "help": "How the layers above the insertion run: 'packed' (without padding, "
+            "lpt_fast/backbone/packed.py), 'padded' (the model's own code) or 'auto' (packed where "
+            "it can be). All give the same numbers."
         },
     )
     init_from_vocab: bool = field(
@@ -156,6 +171,7 @@ class LPTConfig(PeftConfig):
             )
         if not isinstance(self.upper_dropout, bool):
             raise ValueError(f"`upper_dropout` must be True or False, got {self.upper_dropout!r}.")
+        check_upper(self.upper)
         if self.init_from_vocab and self.generator != "static":
             raise ValueError(
                 "`init_from_vocab` works with generator='static' only, got "

@@ -119,6 +119,7 @@ class Call:
     context_lengths: Tensor | None = None
     labels: Tensor | None = None
     cached: PackedBatch | None = None
+    readout: Tensor | None = None
 
 
 class Context:
@@ -136,19 +137,20 @@ class Context:
         # While generate() runs: the context lengths, once they are known.
         self._generations: dict[int, list] = {}
 
-    def note(self, model: nn.Module, args: tuple, kwargs: dict, cached: PackedBatch | None = None):
+    def note(self, model: nn.Module, args: tuple, kwargs: dict, cached=None, readout=None):
         """Before the forward of the whole model: takes what the backbone will not be given.
 
         Args:
             model: the whole model.
             args, kwargs: of its forward.
-            cached: what stands in for the text, if anything.
+            cached: the PackedBatch that stands in for the text, if any.
+            readout: int64 [B], the one token of each text that is wanted; None: all.
         """
         labels = kwargs.get("labels")
         if args and labels is None:
             names = parameter_names(type(model).forward)
             labels = dict(zip(names, args, strict=False)).get("labels")
-        self._calls[_thread()] = Call(kwargs.pop("context_lengths", None), labels, cached)
+        self._calls[_thread()] = Call(kwargs.pop("context_lengths", None), labels, cached, readout)
         return args, kwargs
 
     def forget(self, model: nn.Module, args: tuple, output) -> None:

@@ -7,12 +7,14 @@ a padded row (left or right padded, with gaps) does not matter: only their order
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import GENERATORS, LPTConfig
-from .insertion import insert_prompt_padded
+from .insertion import insert_prompt_, insert_prompt_padded
 
 
 class PromptGenerator(nn.Module):
@@ -41,6 +43,40 @@ class PromptGenerator(nn.Module):
         beyond the paper make their prompt from themselves.
         """
         return dict(self.named_parameters())
+
+    reads_states = False
+    """Whether `weights` looks at its arguments."""
+
+    def fill(
+        self,
+        buffer: Tensor,
+        cu_seqlens: Tensor,
+        context: Tensor | None,
+        padded: Callable[[], tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """The packed form: writes each text's prompt into the m free rows before it, in place.
+
+        Args:
+            buffer: [T + B m, D], text b in rows cu_seqlens[b] + (b + 1) m ..; a constant.
+            cu_seqlens: int32 [B + 1] of the text rows.
+            context: int32 [B, 2], the rows of each text that its prompt is made from; None: all.
+            padded: gives the arguments of `weights`, for generators that look at them.
+
+        Returns:
+            `buffer`, with a gradient to the generator's parameters.
+        """
+        hidden, readable = padded() if self.reads_states else (None, None)
+        return insert_prompt_(
+            buffer,
+            cu_seqlens,
+            self.kind,
+            self.weights(hidden, readable),
+            self.num_virtual_tokens,
+            context=context,
+            last_token=self.causal,
+            dropout_p=self.dropout.p if self.training else 0.0,
+            validate=False,
+        )
 
     def forward(
         self, hidden: Tensor, attention_mask: Tensor | None, context_mask: Tensor | None = None
@@ -124,6 +160,7 @@ class AttentionGenerator(PromptGenerator):
     """
 
     kind = "static"
+    reads_states = True
 
     def __init__(self, hidden_size, num_virtual_tokens, bottleneck_size, dropout, causal):
         super().__init__(hidden_size, num_virtual_tokens, dropout, causal)

@@ -150,7 +150,7 @@ def insert_prompt_(
     if not buffer.is_contiguous():
         raise ValueError(f"`buffer` must be contiguous, got strides {buffer.stride()}.")
     found = check_weights(kind, weights, buffer.shape[1], m, device, len(cu_seqlens) - 1)
-    T = buffer.shape[0] - (len(cu_seqlens) - 1) * m
+    D, T = buffer.shape[1], buffer.shape[0] - (len(cu_seqlens) - 1) * m
     B = check_lengths(cu_seqlens, T, device, validate)
     readable = check_context(context, cu_seqlens, B, validate)
     if choose_impl(impl, buffer) == "reference":
@@ -159,22 +159,19 @@ def insert_prompt_(
                 "`buffer` requires a gradient, expected a constant, since its rows are "
                 "overwritten in place; use insert_prompt."
             )
-        row = torch.arange(T, device=device)
-        row = row + m * torch.searchsorted(cu_seqlens[:-1].long(), row, right=True)
-        filled = insert_prompt(
-            buffer.index_select(0, row),
-            cu_seqlens,
-            kind,
-            weights,
-            m,
-            context=context,
-            last_token=last_token,
-            dropout_p=dropout_p,
-            seed=seed,
-            impl="reference",
-            validate=False,
+        start = cu_seqlens[:-1].long()
+        begin = start + m * torch.arange(B, device=device)
+        first, count = begin + m, cu_seqlens[1:].long() - start
+        if context is not None:
+            first = first + context[:, 0].long()
+            count = (context[:, 1] - context[:, 0]).long()
+        dtype = torch.promote_types(buffer.dtype, found[0].dtype)
+        prompt = reference.make_prompts(
+            buffer.to(dtype), first, count, kind, weights, m, last_token=last_token
         )
-        return buffer.copy_(filled)
+        prompt = reference.drop(prompt, _draw_mask(dropout_p, seed, (B, m, D), device), dropout_p)
+        place = (begin[:, None] + torch.arange(m, device=device)).flatten()
+        return buffer.index_copy_(0, place, prompt.to(buffer.dtype).flatten(0, 1))
     seed = check_dropout(dropout_p, seed, device)
     settings = (kind, m, T, last_token, float(dropout_p))
     places = (cu_seqlens, None, *readable, None)

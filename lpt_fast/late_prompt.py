@@ -13,15 +13,23 @@ from torch import nn
 
 from . import cached
 from .backbone.copies import LATE_PROMPT
-from .backbone.families import Family, frozen_above, frozen_below, get_layers
+from .backbone.families import (
+    Family,
+    frozen_above,
+    frozen_below,
+    get_layers,
+    is_language_model,
+)
 from .backbone.lower import run_lower
 from .backbone.upper import run_upper
-from .call_inputs import check_inputs, kv_cache
-from .config import LPTConfig
+from .call_inputs import attended_of, check_inputs, kv_cache
+from .config import LPTConfig, check_upper
 from .context import Context, attended, parameter_names
 from .generators import PromptGenerator, build_generator
 from .labels import get_labels, set_labels
 from .layout import PromptLayout
+from .packed_forward import run_call, takes_packed
+from .readout import READOUT, SHIFTED, checked_places, columns_of, narrow_labels
 
 # The place is internal to transformers; without it, hidden states are still captured, but maybe
 # twice.
@@ -63,6 +71,8 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         # A list hides them from nn.Module: they hold this module, not the other way round.
         self._outside = [root, backbone]
         self.context = Context(causal_lm)
+        self._upper: str | None = None
+        self._said: set[str | None] = set()  # why layers ran as they did, said once
         self.base_labels = get_labels(root)
         # Whose label space the model has now (None: the base model's), and what is known of each.
         self._labels_of: str | None = None
@@ -185,6 +195,20 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         raise ValueError(NO_MERGE)
 
     @property
+    def upper(self) -> str:
+        """How the layers above the insertion run: "auto", "packed" or "padded"; the active
+        adapter's own setting until another one is set here.
+        """
+        config = self.active_config
+        return self._upper or ("auto" if config is None else config.upper)
+
+    @upper.setter
+    def upper(self, value: str | None) -> None:
+        if value is not None:
+            check_upper(value)
+        self._upper = value
+
+    @property
     def active_config(self) -> LPTConfig | None:
         """Configuration of the adapter that runs; None while adapters are disabled or none is
         active.
@@ -266,10 +290,34 @@ class LatePrompt(nn.Module, BaseTunerLayer):
     def _enter(self, model: nn.Module, args: tuple, kwargs: dict):
         """Forward pre-hook of the whole model: takes what the backbone will not be given."""
         batch = kwargs.pop(cached.CACHED, None)
+        place = kwargs.pop(READOUT, None)
+        if place is not None:
+            self._check_readout()
+            kwargs = {
+                **dict(zip(parameter_names(type(model).forward), args, strict=False)),
+                **kwargs,
+            }
+            args = ()
         if batch is not None:
             batch, kwargs = cached.enter(self, batch, args, kwargs)
             args = ()
-        return self.context.note(model, args, kwargs, batch)
+        if place is None:
+            return self.context.note(model, args, kwargs, batch)
+        tokens, shape, device = attended_of(kwargs)
+        place = checked_places(place, tokens, *shape, device)
+        self.context.note(model, args, kwargs, batch, place)
+        # (The context of a prompt ends where the whole labels begin, so these are noted before.)
+        narrow_labels(kwargs, place, tokens, self.causal_lm)
+        return args, kwargs
+
+    def _check_readout(self) -> None:
+        known = is_language_model(self.root) and not self.family.bias_owner
+        if not known or self.active_config is None:
+            raise ValueError(
+                f"{type(self.root).__name__} got `{READOUT}`, expected it for a masked or causal "
+                "language model with an active late prompt: other heads read what they read. Leave "
+                "it out."
+            )
 
     def _check_identity(self, batch) -> None:
         """Refuses a batch from the cache of another model or of other text."""
@@ -306,7 +354,11 @@ class LatePrompt(nn.Module, BaseTunerLayer):
 
         k, m = config.insertion_layer, config.num_virtual_tokens
         inputs = {name: kwargs.pop(name) for name in _INPUTS if name in kwargs}
+        kwargs.pop(SHIFTED, None)
         check_inputs(inputs, kwargs)
+        if takes_packed(self, call, inputs, kwargs):
+            output = run_call(self, call, inputs, kwargs)
+            return output if return_dict else output.to_tuple()
         lower = cache = None
         past = 0
         if call.cached is not None:
@@ -344,6 +396,10 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         )
         strip = (lambda rows: rows) if past else layout.strip
         output = self._assemble(lower, upper, strip, cache, wanted)
+        if call.readout is not None:
+            column = columns_of(call.readout, tokens)
+            at = torch.arange(len(column), device=column.device)
+            output["last_hidden_state"] = output.last_hidden_state[at, column][:, None]
         return output if return_dict else output.to_tuple()
 
     def _capture(self, kwargs: dict):

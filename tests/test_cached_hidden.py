@@ -569,6 +569,7 @@ def test_padding_rows_hold_zeros():
     base, model = adapted("bert")
     packed = cached(base, batch(), room=M)
     late = model.get_base_model().late_prompt
+    late.upper = "padded"
     seen = []
     late.lpt_generator["default"].register_forward_pre_hook(lambda m, a: seen.append(a[0]))
     model(cached_hidden=packed)

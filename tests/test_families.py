@@ -90,6 +90,7 @@ def test_invisible_prompt_leaves_the_model_unchanged(family, attention, side, k,
         return self.insert(mask.new_zeros(len(mask), self.m), mask)
 
     monkeypatch.setattr(PromptLayout, "extend_mask", hide)
+    find_backbone(model)[1].late_prompt.upper = "padded"
     inputs = batch(side)
     attended = inputs["attention_mask"].bool()
     with torch.no_grad():

@@ -201,7 +201,8 @@ def is_causal_lm(model: nn.Module) -> bool:
     return any(cls.__name__.endswith(_CAUSAL_LM) for cls in type(model).__mro__)
 
 
-def _is_language_model(model: nn.Module) -> bool:
+def is_language_model(model: nn.Module) -> bool:
+    """Whether a model's head gives logits of tokens. Users' own subclasses count."""
     return any(cls.__name__.endswith(_LM_HEADS) for cls in type(model).__mro__)
 
 
@@ -273,7 +274,7 @@ def head_modules(
     Empty for language models (their head was pre-trained and stays frozen) and for a bare backbone
     (no head). A pooler that sits in the backbone is part of the head when the model has one.
     """
-    if backbone_name == "" or _is_language_model(model):
+    if backbone_name == "" or is_language_model(model):
         return []
     # What holds the backbone, its sibling stacks (T5's decoder) and shared embeddings are not the
     # head.

@@ -1,0 +1,172 @@
+"""The fast stack: layers k+1..L without padding (DESIGN section 4).
+
+Only real tokens exist. Linear layers, norms and activations run on [T + B m, D] rows; attention is
+text by text. Beyond that, four exact savings:
+
+1. the first layer above k projects text rows that are constants: queries, keys and values get a
+   backward for the prompt rows alone, and so does its attention;
+2. where the head reads one row of each text, the last layer computes that row alone (readout
+   pruning), and without rotary positions needs no keys and values either (packed_attention.py);
+3. frozen weights get no gradient, so nothing is kept for one;
+4. batches from the cache bring free rows, and prompts are written there: no concatenation.
+
+Which families: `packed_blocks.BLOCKS`. Everything else runs the padded way (upper.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .families import Family, frozen_above, get_layers
+from .packed_blocks import BLOCKS, Block, LlamaBlock, layer_norm, rms_norm
+from .packed_plan import Plan
+
+# Rotary angles of these depend on the longest text of a call, padding included.
+_MOVING_ROTARY = ("dynamic", "longrope")
+
+
+def block_type(backbone: nn.Module) -> type[Block] | None:
+    """The block of a backbone's layers; None for a family without one. Users' subclasses may
+    compute something else, so the class itself counts.
+    """
+    cls = type(backbone)
+    return BLOCKS.get(cls.__name__) if _is_transformers(cls) else None
+
+
+def _is_transformers(cls: type) -> bool:
+    return cls.__module__.startswith("transformers.")
+
+
+def why_padded(
+    backbone: nn.Module, family: Family, k: int, longest: int, training: bool
+) -> str | None:
+    """Why the layers above k of a backbone cannot run packed, in words; None: they can.
+
+    Args:
+        backbone, family, k: as for `run_lower`.
+        longest: most rows that a text may have, prompt included.
+        training: whether the model trains.
+    """
+    block = block_type(backbone)
+    if block is None:
+        return f"{type(backbone).__name__} is not among {', '.join(BLOCKS)}"
+    if torch.compiler.is_compiling():
+        return "torch.compile runs the model's own code"
+    config = backbone.config
+    if getattr(config, "reorder_and_upcast_attn", False):
+        return "reorder_and_upcast_attn computes scores in another way"
+    if getattr(config, "is_decoder", False) and not family.causal:
+        return "the encoder is set up as a decoder"
+    layers = list(get_layers(backbone, family))[k:]
+    if issubclass(block, LlamaBlock):
+        kind = getattr(backbone.rotary_emb, "rope_type", "default")
+        if kind in _MOVING_ROTARY:
+            return f"rotary positions of the type {kind!r} depend on the batch"
+        windows = [_window(layer, config) for layer in layers]
+        window = min((w for w in windows if w is not None), default=None)
+        if window is not None and window < longest:
+            return f"texts of up to {longest} rows are longer than the sliding window of {window}"
+    return _why_changed(block, layers, frozen_above(backbone, family, k), training)
+
+
+def _window(layer: nn.Module, config) -> int | None:
+    own = layer.self_attn
+    if hasattr(own, "sliding_window"):
+        return own.sliding_window
+    # (Mistral's layers have none of their own; Qwen2's say it by their type.)
+    types = getattr(config, "layer_types", None)
+    if types is not None and types[own.layer_idx] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def _why_changed(block, layers, modules, training: bool) -> str | None:
+    """Why these layers are not the plain frozen ones that the packed stack computes."""
+    for layer in layers:
+        try:
+            wrong = [m for m, cls in block.parts(layer) if type(m) is not cls]
+        except AttributeError as error:
+            return f"a layer has other parts than known ({error})"
+        if wrong:
+            return f"a layer has a {type(wrong[0]).__name__} in place of its own module"
+        if training and getattr(layer, "gradient_checkpointing", False):
+            return "gradient checkpointing runs the model's own layers"
+    for part in modules:
+        for module in part.modules():
+            own = module.__dict__
+            if not (_is_transformers(type(module)) or type(module).__module__[:6] == "torch."):
+                return f"{type(module).__name__} stands in a layer above the insertion"
+            hooks = [*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()]
+            if "forward" in own or not all(map(_is_capturing, hooks)):
+                return f"a {type(module).__name__} above the insertion has a hook"
+            if own["_backward_hooks"] or own.get("_backward_pre_hooks"):
+                return f"a {type(module).__name__} above the insertion has a backward hook"
+            if module.training and isinstance(module, nn.Dropout) and module.p > 0:
+                return "the layers above the insertion have active dropout (upper_dropout)"
+            if _attention_drops(module):
+                return "attention above the insertion has active dropout (upper_dropout)"
+            for p in own["_parameters"].values():
+                if p is not None and p.requires_grad:
+                    return f"a weight of {type(module).__name__} above the insertion trains"
+    return None
+
+
+def _is_capturing(hook) -> bool:
+    """Whether a hook is transformers' own that hands out hidden states where a call asks for them;
+    such a call runs padded, and the hook stays.
+    """
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+
+
+def _attention_drops(module: nn.Module) -> bool:
+    p = module.__dict__.get("attention_dropout", 0.0)
+    return module.training and isinstance(p, float) and p > 0
+
+
+def run_packed(
+    backbone: nn.Module,
+    family: Family,
+    k: int,
+    rows: Tensor,
+    plan: Plan,
+    *,
+    positions: Tensor | None,
+    readout: bool,
+    place: Tensor | None,
+) -> Tensor:
+    """Layers k+1..L and the final norm over packed rows with their prompts.
+
+    Args:
+        backbone, family, k: as for `run_lower`.
+        rows: [N, D]; only prompt rows may have a gradient, and get theirs alone.
+        plan: of the batch.
+        positions: int64 [N] for rotary models, else None.
+        readout: whether one token of each text is wanted.
+        place: int64 [B], which (None: the first of each).
+
+    Returns:
+        [N, D], or [B, D] for a readout.
+    """
+    layers = list(get_layers(backbone, family))[k:]
+    make = block_type(backbone)
+    rotary = None
+    if family.takes_positions:
+        cos, sin = backbone.rotary_emb(rows, positions[None])
+        rotary = cos[0], sin[0]
+    # Autocast's own casts are ordinary operations: the shortcut of the first layer has no part in
+    # them, and takes gradients of one dtype.
+    shortcut = not torch.is_autocast_enabled(rows.device.type)
+    x = rows
+    for i, layer in enumerate(layers):
+        block = make(layer)
+        block.rotary = rotary
+        first = i == 0 and shortcut
+        if readout and i == len(layers) - 1:
+            x = block.run_last(x, plan, place, first)
+        else:
+            x = block.run(x, plan, first)
+    for name in family.after:
+        norm = getattr(backbone, name)
+        x = layer_norm(norm, x) if isinstance(norm, nn.LayerNorm) else rms_norm(norm, x)
+    return x

@@ -1,0 +1,385 @@
+"""Attention over packed texts: each row sees rows of its own text, whatever else is in the batch.
+
+Three ways, equal up to rounding. On the CPU in fp32, short texts: padded groups of texts of like
+length and batched matrix products, whose backward can stop at the prompt rows. On CUDA in half
+precision: PyTorch's variable-length kernel. Else: padded groups and
+`scaled_dot_product_attention`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .packed_plan import Group, Plan
+
+# Longest texts for which scores of a whole text are kept; above, the memory would hurt.
+PRODUCTS_UP_TO = 256
+
+
+class _Regroup(torch.autograd.Function):
+    """Packed rows to padded places, or back; both directions are gathers, so backward is one too.
+
+    Backward of gathering into places ignores what arrives at padding: nothing may.
+    """
+
+    @staticmethod
+    def forward(ctx, x, index, back, clear):
+        ctx.back, ctx.clear = back, clear
+        return x.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad = grad.contiguous().index_select(0, ctx.back)
+        return (grad if ctx.clear is None else ctx.clear(grad)), None, None, None
+
+
+def to_places(x: Tensor, plan: Plan) -> Tensor:
+    """[N, ...] -> [places, ...]; padding repeats the text's own first row."""
+    return _Regroup.apply(x, plan.to_places, plan.to_rows, None)
+
+
+def _to_heads(x: Tensor, plan: Plan, heads: int) -> Tensor:
+    """[N, H d] -> [H places, d]."""
+    places = plan.heads(heads)
+    return _Regroup.apply(
+        x.reshape(-1, x.shape[1] // heads), places.to_places, places.to_rows, None
+    )
+
+
+def _from_heads(x: Tensor, plan: Plan, heads: int) -> Tensor:
+    """[H places, d] -> [N, H d]; no gradient reaches padding."""
+    places = plan.heads(heads)
+    rows = _Regroup.apply(x, places.to_rows, places.to_places, places.clear_padding)
+    return rows.view(plan.rows, -1)
+
+
+def _bias(group: Group, causal: bool, dtype: torch.dtype, device) -> Tensor | None:
+    """0 where a row may look and -inf elsewhere, [G, 1, 1, S] or [S, S]; None: everywhere."""
+    if causal:
+        # Padding stands behind every row, so it needs no mask of its own.
+        return torch.full((group.size,) * 2, float("-inf"), dtype=dtype, device=device).triu_(1)
+    mask = group.mask()
+    if mask is None:
+        return None
+    bias = torch.zeros(mask.shape, dtype=dtype, device=device)
+    return bias.masked_fill_(~mask, float("-inf"))[:, None, None]
+
+
+def biases(plan: Plan, causal: bool, dtype: torch.dtype) -> list[Tensor | None]:
+    """One for each group, made once a batch."""
+    cache = plan.__dict__.setdefault("_biases", {})
+    key = (causal, dtype)
+    if key not in cache:
+        cache[key] = [_bias(group, causal, dtype, plan.device) for group in plan.groups]
+    return cache[key]
+
+
+class _Products(torch.autograd.Function):
+    """softmax(q k^T scale + mask) v by batched products over padded groups.
+
+    With `prompt_only` the gradients of q, k and v are made for the m prompt rows of each text
+    alone; the other rows of what comes back are not set.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, plan, heads, kv_heads, scale, causal, prompt_only):
+        d, dv = q.shape[1] // heads, v.shape[1] // kv_heads
+        places, kv_places = plan.heads(heads), plan.heads(kv_heads)
+        q = q.reshape(-1, d).index_select(0, places.to_places)
+        k = k.reshape(-1, d).index_select(0, kv_places.to_places)
+        v = v.reshape(-1, dv).index_select(0, kv_places.to_places)
+        out = q.new_empty(len(q), dv)
+        chances = []
+        repeat = heads // kv_heads
+        for group, own, kv, bias in zip(
+            plan.groups,
+            places.slices,
+            kv_places.slices,
+            biases(plan, causal, q.dtype),
+            strict=True,
+        ):
+            n, S = group.texts * kv_heads, group.size
+            # Heads that share keys and values are further rows of their queries.
+            qg, kg = q[own].view(n, repeat * S, d), k[kv].view(n, S, d)
+            scores = torch.bmm(qg, kg.transpose(1, 2)).mul_(scale)
+            if bias is not None:
+                scores.view(group.texts, heads, S, S).add_(bias)
+            p = torch.softmax(scores, -1)
+            torch.bmm(p, v[kv].view(n, S, dv), out=out[own].view(n, repeat * S, dv))
+            chances.append(p)
+        ctx.save_for_backward(q, k, v, out if prompt_only else None, *chances)
+        ctx.plan, ctx.settings = plan, (heads, kv_heads, scale, prompt_only)
+        return out.index_select(0, places.to_rows).view(plan.rows, heads * dv)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        heads, kv_heads, scale, prompt_only = ctx.settings
+        plan = ctx.plan
+        q, k, v, out, *chances = ctx.saved_tensors
+        places = plan.heads(heads)
+        dv_size = v.shape[1]
+        grad = grad.reshape(-1, dv_size).index_select(0, places.to_places)
+        places.clear_padding(grad)
+        backward = _prompt_gradients if prompt_only else _gradients
+        return (*backward(plan, q, k, v, out, grad, chances, heads, kv_heads, scale), *[None] * 6)
+
+
+def _views(plan, heads, kv_heads, group, own, kv, q, k, v, grad):
+    n, S, repeat = group.texts * kv_heads, group.size, heads // kv_heads
+    return (
+        q[own].view(n, repeat * S, -1),
+        k[kv].view(n, S, -1),
+        v[kv].view(n, S, -1),
+        grad[own].view(n, repeat * S, -1),
+    )
+
+
+def _groups(plan: Plan, heads: int, kv_heads: int, chances):
+    return zip(
+        plan.groups, plan.heads(heads).slices, plan.heads(kv_heads).slices, chances, strict=True
+    )
+
+
+def _gradients(plan, q, k, v, out, grad, chances, heads, kv_heads, scale):
+    """Of every row."""
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    for group, own, kv, p in _groups(plan, heads, kv_heads, chances):
+        qg, kg, vg, dg = _views(plan, heads, kv_heads, group, own, kv, q, k, v, grad)
+        torch.bmm(p.transpose(1, 2), dg, out=dv[kv].view(vg.shape))
+        ds = torch.bmm(dg, vg.transpose(1, 2))
+        ds = torch._softmax_backward_data(ds, p, -1, p.dtype).mul_(scale)
+        torch.bmm(ds, kg, out=dq[own].view(qg.shape))
+        torch.bmm(ds.transpose(1, 2), qg, out=dk[kv].view(kg.shape))
+    rows, kv_rows = plan.heads(heads).to_rows, plan.heads(kv_heads).to_rows
+    return tuple(
+        x.index_select(0, index).view(plan.rows, -1)
+        for x, index in ((dq, rows), (dk, kv_rows), (dv, kv_rows))
+    )
+
+
+def _prompt_gradients(plan, q, k, v, out, grad, chances, heads, kv_heads, scale):
+    """Of the prompt rows: as keys and values they have met every row of their text, as queries
+    only m rows count.
+    """
+    m, repeat = plan.m, heads // kv_heads
+    parts = ([], [], [])
+    for group, own, kv, p in _groups(plan, heads, kv_heads, chances):
+        qg, kg, vg, dg = _views(plan, heads, kv_heads, group, own, kv, q, k, v, grad)
+        n, S, G = len(kg), group.size, group.texts
+        delta = (dg * out[own].view(dg.shape)).sum(-1, keepdim=True)  # [n, repeat S, 1]
+        ds = torch.bmm(dg, vg[:, :m].transpose(1, 2)).sub_(delta).mul_(p[..., :m])
+        dk = torch.bmm(ds.transpose(1, 2), qg).mul_(scale)  # [n, m, d]
+        dv = torch.bmm(p[..., :m].transpose(1, 2), dg)
+
+        def first(x, n=n, S=S):
+            return x.view(n, repeat, S, -1)[:, :, :m].reshape(n, repeat * m, -1)
+
+        ds = torch.bmm(first(dg), vg.transpose(1, 2)).sub_(first(delta)).mul_(first(p))
+        dq = torch.bmm(ds, kg).mul_(scale)  # [n, repeat m, d]
+        for part, x, count in zip(parts, (dq, dk, dv), (heads, kv_heads, kv_heads), strict=True):
+            # [G, heads, m, d] -> a row for each prompt row
+            part.append(x.view(G, count, m, -1).transpose(1, 2).reshape(G, m, -1))
+    out = []
+    for part in parts:
+        rows = torch.cat(part).index_select(0, plan.inverse_order).flatten(0, 1)
+        full = rows.new_empty(plan.rows, rows.shape[1])
+        out.append(full.index_copy_(0, plan.prompt_rows, rows))
+    return out
+
+
+@lru_cache(maxsize=1)
+def _varlen():
+    """PyTorch's variable-length kernel and how it is told of causal attention; None: not there."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # pragma: no cover
+        return None
+    names = inspect.signature(varlen_attn).parameters
+    return varlen_attn, set(names)
+
+
+def _by_varlen(q, k, v, plan, heads, kv_heads, scale, causal):
+    call, names = _varlen()
+    more = {}
+    if "window_size" in names:
+        more["window_size"] = (-1, 0) if causal else (-1, -1)
+    else:
+        more["is_causal"] = causal
+    if "scale" in names:
+        more["scale"] = scale
+    else:
+        q = q * (scale * (q.shape[1] // heads) ** 0.5)
+    q = q.view(plan.rows, heads, -1)
+    k, v = (x.view(plan.rows, kv_heads, -1) for x in (k, v))
+    if heads != kv_heads:
+        if "enable_gqa" in names:
+            more["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
+    cu = plan.cu_seqlens
+    return call(q, k, v, cu, cu, plan.size, plan.size, **more).reshape(plan.rows, -1)
+
+
+def _by_sdpa(q, k, v, plan, heads, kv_heads, scale, causal):
+    q, k, v = (_to_heads(x, plan, n) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
+    places, kv_places, out = plan.heads(heads), plan.heads(kv_heads), []
+    for group, own, kv, bias in zip(
+        plan.groups,
+        places.slices,
+        kv_places.slices,
+        biases(plan, causal, q.dtype),
+        strict=True,
+    ):
+        shape = (group.texts, heads, group.size, -1)
+        kg, vg = (x[kv].view(group.texts, kv_heads, group.size, -1) for x in (k, v))
+        if heads != kv_heads:
+            kg, vg = (x.repeat_interleave(heads // kv_heads, 1) for x in (kg, vg))
+        more = {"is_causal": True} if causal else {"attn_mask": bias}
+        o = F.scaled_dot_product_attention(q[own].view(shape), kg, vg, scale=scale, **more)
+        out.append(o.flatten(0, 2))
+    return _from_heads(torch.cat(out) if len(out) > 1 else out[0], plan, heads)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    causal: bool,
+    prompt_only: bool = False,
+) -> Tensor:
+    """Attention within each text.
+
+    Args:
+        q, k, v: [N, H d], [N, Hk d], [N, Hk d].
+        plan: of the batch.
+        heads, kv_heads: H and Hk, which divides H.
+        scale: of the scores.
+        causal: whether a row sees only those before it (and itself).
+        prompt_only: the caller reads the gradients of q, k and v at prompt rows alone.
+
+    Returns:
+        [N, H d].
+    """
+    arguments = (q, k, v, plan, heads, kv_heads, scale, causal)
+    exact = q.dtype in (torch.float32, torch.float64) and q.dtype == k.dtype == v.dtype
+    if not q.is_cuda and exact and plan.size <= PRODUCTS_UP_TO:
+        return _Products.apply(*arguments, prompt_only)
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    if q.is_cuda and half and q.shape[1] // heads % 8 == 0 and _varlen() is not None:
+        return _by_varlen(*arguments)
+    return _by_sdpa(*arguments)
+
+
+# -- one query a text ------------------------------------------------------------------------------
+
+
+def _limits(plan: Plan, group: Group, place: Tensor | None, causal: bool) -> Tensor | None:
+    """How many of each text's rows its one query sees, int64 [G]; None: all places."""
+    if not causal:
+        return group.lengths
+    rows = plan.lengths - plan.m if place is None else place + 1
+    return (rows + plan.m)[plan.order[group.numbers]]
+
+
+def _softmax(scores: Tensor, plan: Plan, group: Group, place, causal: bool) -> Tensor:
+    """Over the keys that the query sees; scores [G, ..., S]."""
+    mask = group.mask(_limits(plan, group, place, causal))
+    if mask is not None:
+        mask = mask.view(len(mask), *[1] * (scores.dim() - 2), group.size)
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.softmax(scores, -1)
+
+
+def attend_one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    causal: bool,
+    place: Tensor | None,
+) -> Tensor:
+    """Attention of one row of each text.
+
+    Args:
+        q: [B, H d].
+        k, v: [N, Hk d].
+        place: int64 [B], which token of its text each query is (it counts where `causal`).
+        plan, heads, kv_heads, scale, causal: as for `attend`.
+
+    Returns:
+        [B, H d].
+    """
+    repeat, slices = heads // kv_heads, plan.heads(kv_heads).slices
+    k, v = _to_heads(k, plan, kv_heads), _to_heads(v, plan, kv_heads)
+    q = (q * scale).index_select(0, plan.order).view(plan.texts, kv_heads, repeat, -1)
+    out = []
+    for group, kv in zip(plan.groups, slices, strict=True):
+        n = group.texts * kv_heads
+        kg, vg = (x[kv].view(n, group.size, -1) for x in (k, v))
+        scores = torch.bmm(q[group.numbers].flatten(0, 1), kg.transpose(1, 2))
+        scores = scores.view(group.texts, kv_heads, repeat, group.size)
+        p = _softmax(scores, plan, group, place, causal).to(vg.dtype)
+        out.append(torch.bmm(p.flatten(0, 1), vg).view(group.texts, -1))
+    return torch.cat(out).index_select(0, plan.inverse_order)
+
+
+def attend_one_absorbed(
+    q: Tensor,
+    x: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    b_v: Tensor | None,
+    plan: Plan,
+    *,
+    heads: int,
+    scale: float,
+    causal: bool,
+    place: Tensor | None,
+) -> Tensor:
+    """Attention of one row of each text, without keys and values.
+
+    A score is q (W_k x + b_k): with one query a text it is cheaper to take W_k^T q once than W_k x
+    for every row, and b_k adds the same to all scores of a query, which softmax does not see. The
+    values likewise: sum_j p_j (W_v x_j + b_v) = W_v (sum_j p_j x_j) + b_v. What is left for the N
+    rows is 4 H D operations in place of 4 D^2. Without rotary positions this is exact.
+
+    Args:
+        q: [B, H d].
+        x: [N, D], what keys and values would be made of.
+        w_k, w_v: [H d, D]; b_v: [H d] or None.
+        plan, heads, scale, causal, place: as for `attend_one`.
+
+    Returns:
+        [B, H d].
+    """
+    D = x.shape[1]
+    q = (q * scale).index_select(0, plan.order).view(plan.texts, heads, -1)
+    u = torch.bmm(q.transpose(0, 1), w_k.view(heads, -1, D)).transpose(0, 1)  # [B, H, D]
+    x = to_places(x, plan)
+    out = []
+    for group in plan.groups:
+        rows = x[group.first : group.first + group.places].view(group.texts, group.size, D)
+        scores = torch.bmm(u[group.numbers], rows.transpose(1, 2))  # [G, H, S]
+        p = _softmax(scores, plan, group, place, causal).to(rows.dtype)
+        out.append(torch.bmm(p, rows))
+    pooled = torch.cat(out).index_select(0, plan.inverse_order)  # [B, H, D]
+    values = torch.bmm(pooled.transpose(0, 1), w_v.view(heads, -1, D).transpose(1, 2))
+    values = values.transpose(0, 1).reshape(plan.texts, -1)
+    return values if b_v is None else values + b_v

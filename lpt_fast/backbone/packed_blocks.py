@@ -1,0 +1,404 @@
+"""One transformer layer on packed rows, for each family of the fast stack.
+
+A block reads the frozen weights where the Hugging Face modules have them; nothing is copied. It
+knows how its layer projects rows to queries, keys and values, and what comes after attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from ..insertion_checks import choose_impl
+from .packed_attention import attend, attend_one, attend_one_absorbed
+from .packed_plan import Plan
+
+# -- operations with frozen weights ----------------------------------------------------------------
+
+
+def _fused(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the Triton kernels for frozen weights (lpt_kernels.frozen) take it."""
+    return choose_impl("auto", x) == "triton" and all(
+        t is None or t.dtype == x.dtype for t in others
+    )
+
+
+def _add(fresh: Tensor, other: Tensor) -> Tensor:
+    """Their sum; in the memory of `fresh`, which nobody else holds, where the dtype allows."""
+    return fresh.add_(other) if fresh.dtype == other.dtype else fresh + other
+
+
+def layer_norm(norm: nn.LayerNorm, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """LayerNorm of x + residual; x is fresh where there is a residual."""
+    if _fused(x, residual):
+        from lpt_kernels.frozen import layer_norm as fused
+
+        return fused(x, norm.weight, norm.bias, residual=residual, eps=norm.eps)
+    if residual is not None:
+        x = _add(x, residual)
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def activation(name_or_module, x: Tensor) -> Tensor:
+    name = _ACTIVATIONS.get(type(name_or_module).__name__)
+    if name is not None and _fused(x):
+        from lpt_kernels.frozen import activate
+
+        return activate(x, activation=name)
+    return name_or_module(x)
+
+
+# Names of transformers' activation modules -> of the kernels.
+_ACTIVATIONS = {
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "SiLUActivation": "silu",
+    "SiLU": "silu",
+}
+
+
+def conv1d(module: Conv1D, x: Tensor) -> Tensor:
+    return torch.addmm(module.bias, x, module.weight)
+
+
+# -- the first layer: only prompt rows have a gradient ---------------------------------------------
+
+
+class _FromPrompts(torch.autograd.Function):
+    """x -> (x, *project(x)) where the text rows of x are constants.
+
+    Backward takes the gradients at the prompt rows and leaves the others: nothing below reads them.
+    """
+
+    @staticmethod
+    def forward(ctx, x, project, project_backward, plan):
+        ctx.project_backward, ctx.plan = project_backward, plan
+        # Not x itself: it may be a buffer that the next forward fills again.
+        ctx.save_for_backward(x.index_select(0, plan.prompt_rows))
+        return x.view_as(x), *project(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx, *grads):
+        rows = ctx.plan.prompt_rows
+        grads = [g.index_select(0, rows) for g in grads]
+        d = ctx.project_backward(ctx.saved_tensors[0], rows, grads)
+        d += dx.index_select(0, rows)
+        return torch.zeros_like(dx).index_copy_(0, rows, d), None, None, None
+
+
+def _backward_of(project: Callable, x: Tensor, grads: list[Tensor]) -> Tensor:
+    """Gradient of x [n, D] for a few rows, by running them again."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        outputs = project(x)
+    return torch.autograd.grad(outputs, x, grads)[0]
+
+
+# -- blocks ----------------------------------------------------------------------------------------
+
+
+class Block:
+    """A layer on packed rows.
+
+    Attributes:
+        heads, kv_heads: of queries; of keys and values.
+        scale: of the scores.
+        causal: whether rows see only those before them.
+        rotary: (cos, sin), [N, d] each, or None.
+    """
+
+    heads: int
+    kv_heads: int
+    scale: float
+    causal = True
+    rotary: tuple[Tensor, Tensor] | None = None
+
+    def project(self, x: Tensor, rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of rows x [n, D]: [n, H d], [n, Hk d], [n, Hk d]."""
+        raise NotImplementedError
+
+    def project_backward(self, x: Tensor, rows: Tensor, grads: list[Tensor]) -> Tensor:
+        """Gradient of `project` for a few rows, [n, D].
+
+        Args:
+            x: [n, D], what these rows held.
+            rows: int64 [n], which.
+            grads: of q, k and v there.
+        """
+        return _backward_of(lambda x: self.project(x, self._rotary(rows)), x, grads)
+
+    def _rotary(self, rows: Tensor):
+        return None if self.rotary is None else tuple(t[rows] for t in self.rotary)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The layer's output rows from its input rows and what attention gave, [n, D]."""
+        raise NotImplementedError
+
+    def read(
+        self, x: Tensor, rows: Tensor, place: Tensor | None, plan: Plan, first: bool
+    ) -> Tensor:
+        """What attention gives the rows `rows` [B] alone, one for each text: [B, H d]."""
+        raise NotImplementedError
+
+    def run(self, x: Tensor, plan: Plan, first: bool) -> Tensor:
+        """The whole layer, [N, D] -> [N, D].
+
+        Args:
+            first: only the prompt rows of x have a gradient.
+        """
+        if first:
+            x, q, k, v = _FromPrompts.apply(
+                x, lambda x: self.project(x, self.rotary), self.project_backward, plan
+            )
+        else:
+            q, k, v = self.project(x, self.rotary)
+        attended = attend(
+            q,
+            k,
+            v,
+            plan,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            scale=self.scale,
+            causal=self.causal,
+            prompt_only=first,
+        )
+        return self.finish(x, attended)
+
+    def run_last(self, x: Tensor, plan: Plan, place: Tensor | None, first: bool) -> Tensor:
+        """The layer's output at one token of each text, [N, D] -> [B, D]: queries, output and
+        feed-forward for that row alone (DESIGN section 4, readout pruning).
+        """
+        rows = plan.readout_rows(place)
+        attended = self.read(x, rows, place, plan, first)
+        return self.finish(x.index_select(0, rows), attended)
+
+
+class PostNormBlock(Block):
+    """BERT, RoBERTa, XLM-RoBERTa, ELECTRA: norms after each residual."""
+
+    causal = False
+
+    def __init__(self, layer: nn.Module):
+        own = layer.attention.self
+        self.query, self.key, self.value = own.query, own.key, own.value
+        self.output, self.norm = layer.attention.output.dense, layer.attention.output.LayerNorm
+        self.up, self.act = layer.intermediate.dense, layer.intermediate.intermediate_act_fn
+        self.down, self.last_norm = layer.output.dense, layer.output.LayerNorm
+        self.heads = self.kv_heads = own.num_attention_heads
+        self.scale = own.attention_head_size**-0.5
+
+    @staticmethod
+    def parts(layer: nn.Module) -> list[tuple[nn.Module, type]]:
+        """The modules that are read, and the classes that they have to be of."""
+        own, out = layer.attention.self, layer.attention.output
+        linear = [own.query, own.key, own.value, out.dense]
+        linear += [layer.intermediate.dense, layer.output.dense]
+        norms = [out.LayerNorm, layer.output.LayerNorm]
+        return [*((m, nn.Linear) for m in linear), *((m, nn.LayerNorm) for m in norms)]
+
+    def project(self, x, rotary):
+        return tuple(F.linear(x, m.weight, m.bias) for m in (self.query, self.key, self.value))
+
+    def project_backward(self, x, rows, grads):
+        d = grads[0] @ self.query.weight
+        return d.addmm_(grads[1], self.key.weight).addmm_(grads[2], self.value.weight)
+
+    def finish(self, x, attended):
+        x = layer_norm(self.norm, F.linear(attended, self.output.weight, self.output.bias), x)
+        h = activation(self.act, F.linear(x, self.up.weight, self.up.bias))
+        return layer_norm(self.last_norm, F.linear(h, self.down.weight, self.down.bias), x)
+
+    def read(self, x, rows, place, plan, first):
+        q = F.linear(x.index_select(0, rows), self.query.weight, self.query.bias)
+        return attend_one_absorbed(
+            q,
+            x,
+            self.key.weight,
+            self.value.weight,
+            self.value.bias,
+            plan,
+            heads=self.heads,
+            scale=self.scale,
+            causal=False,
+            place=place,
+        )
+
+
+class GPT2Block(Block):
+    """GPT-2: norms before, weights transposed, one matrix for queries, keys and values."""
+
+    def __init__(self, layer: nn.Module):
+        attention = layer.attn
+        self.norm, self.qkv, self.output = layer.ln_1, attention.c_attn, attention.c_proj
+        self.last_norm, self.up, self.down = layer.ln_2, layer.mlp.c_fc, layer.mlp.c_proj
+        self.act = layer.mlp.act
+        self.width = attention.embed_dim
+        self.heads = self.kv_heads = attention.num_heads
+        self.scale = attention.head_dim**-0.5 if attention.scale_attn_weights else 1.0
+        if attention.scale_attn_by_inverse_layer_idx:
+            self.scale /= attention.layer_idx + 1
+
+    @staticmethod
+    def parts(layer):
+        linear = [layer.attn.c_attn, layer.attn.c_proj, layer.mlp.c_fc, layer.mlp.c_proj]
+        norms = [layer.ln_1, layer.ln_2]
+        return [*((m, Conv1D) for m in linear), *((m, nn.LayerNorm) for m in norms)]
+
+    def _weights(self, i: int) -> tuple[Tensor, Tensor]:
+        """Weight [D, D] and bias [D] of queries (0), keys (1) or values (2): views."""
+        part = slice(i * self.width, (i + 1) * self.width)
+        return self.qkv.weight[:, part], self.qkv.bias[part]
+
+    def project(self, x, rotary):
+        x = layer_norm(self.norm, x)
+        return tuple(torch.addmm(b, x, w) for w, b in map(self._weights, range(3)))
+
+    def _normed(self, x):
+        return (layer_norm(self.norm, x),)
+
+    def _normed_backward(self, x, rows, grads):
+        return _backward_of(self._normed, x, grads)
+
+    def finish(self, x, attended):
+        x = _add(conv1d(self.output, attended), x)
+        h = activation(self.act, conv1d(self.up, layer_norm(self.last_norm, x)))
+        return _add(conv1d(self.down, h), x)
+
+    def read(self, x, rows, place, plan, first):
+        if first:
+            _, x = _FromPrompts.apply(x, self._normed, self._normed_backward, plan)
+        else:
+            x = layer_norm(self.norm, x)
+        w, b = self._weights(0)
+        (w_k, _), (w_v, b_v) = self._weights(1), self._weights(2)
+        return attend_one_absorbed(
+            torch.addmm(b, x.index_select(0, rows), w),
+            x,
+            w_k.t(),
+            w_v.t(),
+            b_v,
+            plan,
+            heads=self.heads,
+            scale=self.scale,
+            causal=True,
+            place=place,
+        )
+
+
+class LlamaBlock(Block):
+    """Llama, Mistral, Qwen2, Qwen3: RMSNorm before, rotary positions, grouped heads, SwiGLU."""
+
+    def __init__(self, layer: nn.Module):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.norm, self.last_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self.q, self.k, self.v = attention.q_proj, attention.k_proj, attention.v_proj
+        self.output = attention.o_proj
+        self.q_norm = getattr(attention, "q_norm", None)
+        self.k_norm = getattr(attention, "k_norm", None)
+        self.gate, self.up, self.down, self.act = (
+            mlp.gate_proj,
+            mlp.up_proj,
+            mlp.down_proj,
+            mlp.act_fn,
+        )
+        self.size = attention.head_dim
+        self.heads = self.q.out_features // self.size
+        self.kv_heads = self.k.out_features // self.size
+        self.scale = attention.scaling
+
+    @staticmethod
+    def parts(layer):
+        own, mlp = layer.self_attn, layer.mlp
+        linear = [own.q_proj, own.k_proj, own.v_proj, own.o_proj]
+        linear += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        return [(m, nn.Linear) for m in linear]
+
+    def _rotated(self, x: Tensor, norm: nn.Module | None, rotary) -> Tensor:
+        """Rows [n, H d], each head normed (Qwen3) and turned by its row's position."""
+        heads = x.view(len(x), -1, self.size)
+        if norm is not None:
+            heads = rms_norm(norm, heads)
+        cos, sin = (t[:, None] for t in rotary)
+        a, b = heads.chunk(2, -1)
+        turned = heads * cos + torch.cat((-b, a), -1) * sin
+        return turned.flatten(1)
+
+    def project(self, x, rotary):
+        x = rms_norm(self.norm, x)
+        q = self._rotated(F.linear(x, self.q.weight, self.q.bias), self.q_norm, rotary)
+        return q, *self._keys_of_normed(x, rotary)
+
+    def _keys_of_normed(self, x, rotary):
+        k = self._rotated(F.linear(x, self.k.weight, self.k.bias), self.k_norm, rotary)
+        return k, F.linear(x, self.v.weight, self.v.bias)
+
+    def _keys(self, x, rotary):
+        return self._keys_of_normed(rms_norm(self.norm, x), rotary)
+
+    def _keys_backward(self, x, rows, grads):
+        return _backward_of(lambda x: self._keys(x, self._rotary(rows)), x, grads)
+
+    def finish(self, x, attended):
+        x = _add(F.linear(attended, self.output.weight, self.output.bias), x)
+        h = rms_norm(self.last_norm, x)
+        gate = F.linear(h, self.gate.weight, self.gate.bias)
+        up = F.linear(h, self.up.weight, self.up.bias)
+        name = _ACTIVATIONS.get(type(self.act).__name__)
+        if name is not None and _fused(gate, up):
+            from lpt_kernels.frozen import gated
+
+            h = gated(gate, up, activation=name)
+        else:
+            h = self.act(gate) * up
+        return _add(F.linear(h, self.down.weight, self.down.bias), x)
+
+    def read(self, x, rows, place, plan, first):
+        q = F.linear(rms_norm(self.norm, x.index_select(0, rows)), self.q.weight, self.q.bias)
+        q = self._rotated(q, self.q_norm, self._rotary(rows))
+        if first:
+            _, k, v = _FromPrompts.apply(
+                x, lambda x: self._keys(x, self.rotary), self._keys_backward, plan
+            )
+        else:
+            k, v = self._keys(x, self.rotary)
+        return attend_one(
+            q,
+            k,
+            v,
+            plan,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            scale=self.scale,
+            causal=True,
+            place=place,
+        )
+
+
+def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    if _fused(x):
+        from lpt_kernels.frozen import rms_norm as fused
+
+        return fused(x, norm.weight, eps=norm.variance_epsilon)
+    return norm(x)
+
+
+# By class of the backbone: the block of its layers.
+BLOCKS: dict[str, Callable[[nn.Module], Block]] = {
+    "BertModel": PostNormBlock,
+    "RobertaModel": PostNormBlock,
+    "XLMRobertaModel": PostNormBlock,
+    "ElectraModel": PostNormBlock,
+    "GPT2Model": GPT2Block,
+    "LlamaModel": LlamaBlock,
+    "MistralModel": LlamaBlock,
+    "Qwen2Model": LlamaBlock,
+    "Qwen3Model": LlamaBlock,
+}

@@ -1,0 +1,237 @@
+"""Where the rows of a packed batch with prompts stand: made once a batch, used by every layer.
+
+A packed batch holds T text rows of B texts and m prompt rows before each: N = T + B m rows in all,
+text b in rows start[b] .. start[b] + length[b], its prompt first. Linear layers, norms and
+activations never need more. Attention works text by text; where no variable-length kernel serves,
+texts of like length are gathered into padded groups for it, and for it alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# A group ends where its next text would be shorter than this share of its longest one.
+LIKE = 0.75
+
+
+@dataclass(frozen=True)
+class Group:
+    """Texts of like length, padded on the right to the longest.
+
+    Attributes:
+        texts: how many.
+        size: rows of the longest, S.
+        first: where the group's places begin, counted in padded places before it.
+        lengths: int64 [G], rows of each text; None: all have S.
+        numbers: slice of `Plan.order` that holds the texts' numbers.
+    """
+
+    texts: int
+    size: int
+    first: int
+    lengths: Tensor | None
+    numbers: slice
+
+    @property
+    def places(self) -> int:
+        return self.texts * self.size
+
+    def mask(self, limit: Tensor | None = None) -> Tensor | None:
+        """Which keys of each text may be seen, bool [G, S]; None: all.
+
+        Args:
+            limit: int64 [G], how many of each text's rows; default: all that it has.
+        """
+        limit = self.lengths if limit is None else limit
+        if limit is None:
+            return None
+        return torch.arange(self.size, device=limit.device) < limit[:, None]
+
+
+class Plan:
+    """Places of the rows of one packed batch with m prompt rows before each text.
+
+    Args:
+        cu_seqlens: int32 [B + 1] of the text rows alone.
+        max_seqlen: tokens of the longest text.
+        m: prompt rows of each text.
+        rows: N = T + B m, known from the shape of the batch.
+
+    On the CPU texts are sorted into groups; on a GPU, where looking at lengths would make the host
+    wait, there is one.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, m: int, rows: int):
+        self.m, self.rows, self.size = m, rows, max_seqlen + m
+        self.texts = len(cu_seqlens) - 1
+        self.device = cu_seqlens.device
+        self.text_starts = cu_seqlens[:-1].long()
+        self.lengths = cu_seqlens.diff().long() + m  # [B]
+        step = m * torch.arange(self.texts, device=self.device)
+        self.starts = self.text_starts + step  # [B]
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """int32 [B + 1], prompts included: what variable-length kernels take."""
+        ends = torch.cat((self.starts, self.starts.new_full((1,), self.rows)))
+        return ends.to(torch.int32)
+
+    @cached_property
+    def prompt_rows(self) -> Tensor:
+        """int64 [B m], text by text."""
+        place = torch.arange(self.m, device=self.device)
+        return (self.starts[:, None] + place).flatten()
+
+    @cached_property
+    def text_rows(self) -> Tensor:
+        """int64 [T], the rows that hold text."""
+        row = torch.arange(self.rows - self.texts * self.m, device=self.device)
+        text = torch.searchsorted(self.text_starts, row, right=True)  # counted from 1
+        return row + text * self.m
+
+    def readout_rows(self, place: Tensor | None) -> Tensor:
+        """int64 [B], the row of the token at `place` of each text; None: the first token."""
+        rows = self.starts + self.m
+        return rows if place is None else rows + place
+
+    # -- padded groups -----------------------------------------------------------------------------
+
+    @cached_property
+    def _host(self) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """Texts sorted from long to short, and the cuts between groups."""
+        lengths = self.lengths.numpy()
+        order = np.argsort(-lengths, kind="stable")
+        cuts, begin = [], 0
+        for i in range(1, len(order)):
+            if lengths[order[i]] < LIKE * lengths[order[begin]]:
+                cuts.append((begin, i))
+                begin = i
+        return order, [*cuts, (begin, len(order))]
+
+    @cached_property
+    def order(self) -> Tensor:
+        """int64 [B], the texts' numbers in the order of the groups."""
+        if self.device.type != "cpu":
+            return torch.arange(self.texts, device=self.device)
+        return torch.from_numpy(self._host[0])
+
+    @cached_property
+    def inverse_order(self) -> Tensor:
+        """int64 [B], where in `order` each text is."""
+        place = torch.arange(self.texts, device=self.device)
+        return torch.empty_like(place).scatter_(0, self.order, place)
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        if self.device.type != "cpu":
+            return [Group(self.texts, self.size, 0, self.lengths, slice(0, self.texts))]
+        groups, first = [], 0
+        sorted_lengths = self.lengths[self.order]
+        for begin, end in self._host[1]:
+            own = sorted_lengths[begin:end]
+            size = int(own[0])
+            equal = int(own[-1]) == size
+            group = Group(end - begin, size, first, None if equal else own, slice(begin, end))
+            groups.append(group)
+            first += group.places
+        return groups
+
+    @property
+    def places(self) -> int:
+        """Padded places of all groups."""
+        return self.groups[-1].first + self.groups[-1].places
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For each padded place its group's first place, the group's size, its text (number in the
+        batch) and its row in the text; int64 [places].
+        """
+        first, size, text, row = [], [], [], []
+        for group in self.groups:
+            place = torch.arange(group.places, device=self.device)
+            first.append(torch.full_like(place, group.first))
+            size.append(torch.full_like(place, group.size))
+            text.append(self.order[group.numbers].repeat_interleave(group.size))
+            row.append(place % group.size)
+        return tuple(torch.cat(x) for x in (first, size, text, row))
+
+    @cached_property
+    def to_places(self) -> Tensor:
+        """int64 [places], the packed row at each padded place; padding repeats the text's own first
+        row, so that nothing of another text is ever near.
+        """
+        _, _, text, row = self._places
+        start = self.starts[text]
+        return torch.where(row < self.lengths[text], start + row, start)
+
+    @cached_property
+    def to_rows(self) -> Tensor:
+        """int64 [N], the padded place of each packed row."""
+        _, _, text, row = self._places
+        place = torch.arange(len(text), device=self.device)
+        # Padding writes to a row that is cut off.
+        target = torch.where(row < self.lengths[text], self.starts[text] + row, self.rows)
+        return place.new_empty(self.rows + 1).scatter_(0, target, place)[:-1]
+
+    @cached_property
+    def padding(self) -> Tensor | None:
+        """bool [places], which are padding; None: none is."""
+        if all(group.lengths is None for group in self.groups):
+            return None
+        _, _, text, row = self._places
+        return row >= self.lengths[text]
+
+    def heads(self, count: int) -> HeadPlaces:
+        """The same places for rows that are cut into heads."""
+        cache = self.__dict__.setdefault("_heads", {})
+        if count not in cache:
+            cache[count] = HeadPlaces(self, count)
+        return cache[count]
+
+
+class HeadPlaces:
+    """Padded places of rows cut into H heads, heads before rows: a group is [G, H, S, d].
+
+    Then products of queries, keys and values are batches of small contiguous matrices, and one
+    gather both pads and transposes.
+    """
+
+    def __init__(self, plan: Plan, count: int):
+        first, size, text, row = plan._places
+        self.count = count
+        rank = plan.inverse_order[text]  # counted through all groups
+        begin = torch.cat(
+            [
+                torch.full((g.places,), g.numbers.start, device=plan.device, dtype=torch.int64)
+                for g in plan.groups
+            ]
+        )
+        head = torch.arange(count, device=plan.device)
+        # [places, H]: where (text, head, row) goes among the heads' places.
+        place = (first * count)[:, None] + ((rank - begin) * count * size)[:, None]
+        place = place + head * size[:, None] + row[:, None]
+        source = plan.to_places[:, None] * count + head
+        flat = place.flatten()
+        self.to_places = torch.empty_like(flat).scatter_(0, flat, source.flatten())
+        self.to_rows = place[plan.to_rows].flatten()
+        self.padding = None
+        if plan.padding is not None and plan.device.type == "cpu":
+            self.padding = place[plan.padding].flatten()
+        elif plan.padding is not None:
+            # (How many there are is not known without waiting for the device.)
+            mask = plan.padding[:, None].expand(-1, count).flatten()
+            self.padding = torch.empty_like(mask).scatter_(0, flat, mask)
+        self.slices = [slice(g.first * count, (g.first + g.places) * count) for g in plan.groups]
+
+    def clear_padding(self, x: Tensor) -> Tensor:
+        """x [H places, d] with zeros at padding, in place."""
+        if self.padding is None:
+            return x
+        if self.padding.dtype == torch.bool:
+            return x.masked_fill_(self.padding[:, None], 0)
+        return x.index_fill_(0, self.padding, 0)
