@@ -40,9 +40,27 @@ class _Regroup(torch.autograd.Function):
         return (grad if ctx.clear is None else ctx.clear(grad)), None, None, None
 
 
-def to_places(x: Tensor, plan: Plan) -> Tensor:
-    """[N, ...] -> [places, ...]; padding repeats the text's own first row."""
-    return _Regroup.apply(x, plan.to_places, plan.to_rows, None)
+class _Pick(torch.autograd.Function):
+    """Rows of x at padded places, and some of its rows, each once: [places, D] and [B, D]."""
+
+    @staticmethod
+    def forward(ctx, x, rows, plan):
+        ctx.plan = plan
+        ctx.save_for_backward(rows)
+        return x.index_select(0, plan.to_places), x.index_select(0, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_places, d_rows):
+        d = d_places.index_select(0, ctx.plan.to_rows)
+        return d.index_add_(0, ctx.saved_tensors[0], d_rows), None, None
+
+
+def pick(x: Tensor, rows: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """x [N, D] at padded places (padding repeats the text's own first row), [places, D], and at
+    `rows`, one of each text, [B, D]: one gradient for both.
+    """
+    return _Pick.apply(x, rows, plan)
 
 
 def _to_heads(x: Tensor, plan: Plan, heads: int) -> Tensor:
@@ -342,7 +360,7 @@ def attend_one(
 
 def attend_one_absorbed(
     q: Tensor,
-    x: Tensor,
+    x_places: Tensor,
     w_k: Tensor,
     w_v: Tensor,
     b_v: Tensor | None,
@@ -362,20 +380,19 @@ def attend_one_absorbed(
 
     Args:
         q: [B, H d].
-        x: [N, D], what keys and values would be made of.
+        x_places: [places, D], what keys and values would be made of, at padded places (`pick`).
         w_k, w_v: [H d, D]; b_v: [H d] or None.
         plan, heads, scale, causal, place: as for `attend_one`.
 
     Returns:
         [B, H d].
     """
-    D = x.shape[1]
+    D = x_places.shape[1]
     q = (q * scale).index_select(0, plan.order).view(plan.texts, heads, -1)
     u = torch.bmm(q.transpose(0, 1), w_k.view(heads, -1, D)).transpose(0, 1)  # [B, H, D]
-    x = to_places(x, plan)
     out = []
     for group in plan.groups:
-        rows = x[group.first : group.first + group.places].view(group.texts, group.size, D)
+        rows = x_places[group.first : group.first + group.places].view(group.texts, group.size, D)
         scores = torch.bmm(u[group.numbers], rows.transpose(1, 2))  # [G, H, S]
         p = _softmax(scores, plan, group, place, causal).to(rows.dtype)
         out.append(torch.bmm(p, rows))

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..insertion_checks import choose_impl
-from .packed_attention import attend, attend_one, attend_one_absorbed
+from .packed_attention import attend, attend_one, attend_one_absorbed, pick
 from .packed_plan import Plan
 
 # -- operations with frozen weights ----------------------------------------------------------------
@@ -143,8 +143,10 @@ class Block:
 
     def read(
         self, x: Tensor, rows: Tensor, place: Tensor | None, plan: Plan, first: bool
-    ) -> Tensor:
-        """What attention gives the rows `rows` [B] alone, one for each text: [B, H d]."""
+    ) -> tuple[Tensor, Tensor]:
+        """The rows `rows` [B] alone, one of each text: [B, D], and what attention gives them,
+        [B, H d].
+        """
         raise NotImplementedError
 
     def run(self, x: Tensor, plan: Plan, first: bool) -> Tensor:
@@ -177,8 +179,7 @@ class Block:
         feed-forward for that row alone (DESIGN section 4, readout pruning).
         """
         rows = plan.readout_rows(place)
-        attended = self.read(x, rows, place, plan, first)
-        return self.finish(x.index_select(0, rows), attended)
+        return self.finish(*self.read(x, rows, place, plan, first))
 
 
 class PostNormBlock(Block):
@@ -217,10 +218,10 @@ class PostNormBlock(Block):
         return layer_norm(self.last_norm, F.linear(h, self.down.weight, self.down.bias), x)
 
     def read(self, x, rows, place, plan, first):
-        q = F.linear(x.index_select(0, rows), self.query.weight, self.query.bias)
-        return attend_one_absorbed(
-            q,
-            x,
+        x_places, x = pick(x, rows, plan)
+        return x, attend_one_absorbed(
+            F.linear(x, self.query.weight, self.query.bias),
+            x_places,
             self.key.weight,
             self.value.weight,
             self.value.bias,
@@ -273,15 +274,17 @@ class GPT2Block(Block):
         return _add(conv1d(self.down, h), x)
 
     def read(self, x, rows, place, plan, first):
+        picked = x.index_select(0, rows)
         if first:
             _, x = _FromPrompts.apply(x, self._normed, self._normed_backward, plan)
         else:
             x = layer_norm(self.norm, x)
+        x_places, x = pick(x, rows, plan)
         w, b = self._weights(0)
         (w_k, _), (w_v, b_v) = self._weights(1), self._weights(2)
-        return attend_one_absorbed(
-            torch.addmm(b, x.index_select(0, rows), w),
-            x,
+        return picked, attend_one_absorbed(
+            torch.addmm(b, x, w),
+            x_places,
             w_k.t(),
             w_v.t(),
             b_v,
@@ -361,7 +364,8 @@ class LlamaBlock(Block):
         return _add(F.linear(h, self.down.weight, self.down.bias), x)
 
     def read(self, x, rows, place, plan, first):
-        q = F.linear(rms_norm(self.norm, x.index_select(0, rows)), self.q.weight, self.q.bias)
+        picked = x.index_select(0, rows)
+        q = F.linear(rms_norm(self.norm, picked), self.q.weight, self.q.bias)
         q = self._rotated(q, self.q_norm, self._rotary(rows))
         if first:
             _, k, v = _FromPrompts.apply(
@@ -369,7 +373,7 @@ class LlamaBlock(Block):
             )
         else:
             k, v = self._keys(x, self.rotary)
-        return attend_one(
+        return picked, attend_one(
             q,
             k,
             v,
