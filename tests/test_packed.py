@@ -33,6 +33,11 @@ CASES = [
 def pair(family, head, dtype=torch.float32, **config):
     """An unadapted model and an adapted one, in training mode with dropout off."""
     base = tiny(family, head, **WIDE.get(family, {})).to(dtype)
+    torch.manual_seed(11)
+    with torch.no_grad():
+        for p in base.parameters():
+            if p.dim() == 1:  # biases start at zero, norms at one
+                p.add_(torch.randn_like(p) * 0.2)
     base, model = adapted(family, head, task=TASK.get(head, head), base=base, **config)
     if dtype == torch.float64:
         model.double()
