@@ -122,13 +122,8 @@ def readout_of(late, call: Call, ids, tokens, shape, device) -> tuple[str | None
     column = last_column(late.root, ids, S, B, device)
     if tokens is None:
         return "last", column
-    at = column[:, None]
-    # A head may look at a token that is masked; then nothing is left out. (Looking at a GPU's
-    # numbers would wait for it.)
-    sure = call.cached is not None or (device.type == "cpu" and bool(tokens.gather(1, at).all()))
-    if not sure:
-        return None, None
-    return "last", (tokens.long().cumsum(1) - 1).gather(1, at)[:, 0]
+    # (Where that column is not attended to, a GPU, which is not asked, reads the token before it.)
+    return "last", (tokens.long().cumsum(1) - 1).gather(1, column[:, None])[:, 0].clamp(min=0)
 
 
 def forward_packed(late, call: Call, rows: Rows, ids: Tensor | None):
@@ -238,11 +233,16 @@ def _why_padded_call(late, call: Call, inputs: dict, kwargs: dict) -> str | None
         default = bool(getattr(config, "use_cache", False)) and not unread
         if cache or kwargs.get("use_cache", default):
             return "a KV cache is asked for"
-    if not late.family.causal and call.cached is None and head_reads(late.root) == "first":
-        mask = inputs.get("attention_mask")
-        if mask is not None and not mask.is_cuda and not bool(mask[:, 0].all()):
-            # The head looks at the first column, whatever is there.
-            return "texts are padded on the left"
+    mask = inputs.get("attention_mask")
+    if call.cached is None and mask is not None and not mask.is_cuda:
+        # Heads look at a column, whatever is there.
+        reads = head_reads(late.root)
+        if reads == "first" and not bool(mask[:, 0].all()):
+            return "the head reads padding on the left"
+        if reads == "last":
+            column = last_column(late.root, inputs.get("input_ids"), *mask.shape[::-1], mask.device)
+            if not bool(mask.gather(1, column[:, None]).all()):
+                return "the head reads tokens that are not attended to"
     return None
 
 

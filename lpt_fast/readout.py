@@ -24,6 +24,7 @@ _FIRST = {
     "XLMRobertaForSequenceClassification": "classifier",
     "ElectraForSequenceClassification": "classifier",
 }
+_CASTS = "lpt_fast.tuner"
 _LAST = {
     f"{name}ForSequenceClassification" for name in ("GPT2", "Llama", "Mistral", "Qwen2", "Qwen3")
 }
@@ -33,7 +34,11 @@ def _own(module: nn.Module) -> bool:
     """Whether a module is transformers' own, also where PEFT trains a copy of it, unhooked."""
     if isinstance(module, ModulesToSaveWrapper):
         return all(_own(m) for m in (module.original_module, *module.modules_to_save.values()))
-    if module._forward_hooks or "forward" in module.__dict__:
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    # (One of our own casts the input of heads that are kept in fp32.)
+    if "forward" in module.__dict__ or not all(
+        getattr(h, "__module__", "") == _CASTS for h in hooks
+    ):
         return False
     return type(module).__module__.startswith(("transformers.", "torch."))
 
@@ -70,7 +75,8 @@ def columns_of(place: Tensor, tokens: Tensor | None) -> Tensor:
     """
     if tokens is None:
         return place
-    return ((tokens.long().cumsum(1) - 1 == place[:, None]) & tokens).int().argmax(1)
+    # Places behind a token that are no tokens count as much; the first one is the token.
+    return (tokens.long().cumsum(1) - 1 == place[:, None]).int().argmax(1)
 
 
 def checked_places(place, tokens: Tensor | None, batch: int, width: int, device) -> Tensor:

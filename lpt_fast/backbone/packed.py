@@ -71,14 +71,8 @@ def why_padded(
 
 
 def _window(layer: nn.Module, config) -> int | None:
-    own = layer.self_attn
-    if hasattr(own, "sliding_window"):
-        return own.sliding_window
-    # (Mistral's layers have none of their own; Qwen2's say it by their type.)
-    types = getattr(config, "layer_types", None)
-    if types is not None and types[own.layer_idx] != "sliding_attention":
-        return None
-    return getattr(config, "sliding_window", None)
+    """(Mistral's layers have none of their own.)"""
+    return getattr(layer.self_attn, "sliding_window", getattr(config, "sliding_window", None))
 
 
 def _why_changed(block, layers, modules, training: bool) -> str | None:
@@ -154,14 +148,11 @@ def run_packed(
     if family.takes_positions:
         cos, sin = backbone.rotary_emb(rows, positions[None])
         rotary = cos[0], sin[0]
-    # Autocast's own casts are ordinary operations: the shortcut of the first layer has no part in
-    # them, and takes gradients of one dtype.
-    shortcut = not torch.is_autocast_enabled(rows.device.type)
     x = rows
     for i, layer in enumerate(layers):
         block = make(layer)
         block.rotary = rotary
-        first = i == 0 and shortcut
+        first = i == 0
         if readout and i == len(layers) - 1:
             x = block.run_last(x, plan, place, first)
         else:

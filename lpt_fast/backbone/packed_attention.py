@@ -1,7 +1,7 @@
 """Attention over packed texts: each row sees rows of its own text, whatever else is in the batch.
 
-Three ways, equal up to rounding. On the CPU in fp32, short texts: padded groups of texts of like
-length and batched matrix products, whose backward can stop at the prompt rows. On CUDA in half
+Three ways, equal up to rounding. On the CPU, short texts: padded groups of texts of like length
+and batched matrix products in fp32, whose backward can stop at the prompt rows. On CUDA in half
 precision: PyTorch's variable-length kernel. Else: padded groups and
 `scaled_dot_product_attention`.
 """
@@ -100,7 +100,8 @@ def biases(plan: Plan, causal: bool, dtype: torch.dtype) -> list[Tensor | None]:
 
 
 class _Products(torch.autograd.Function):
-    """softmax(q k^T scale + mask) v by batched products over padded groups.
+    """softmax(q k^T scale + mask) v by batched products over padded groups, in fp32 at least (that
+    costs nothing beside the linear layers, which may be in less).
 
     With `prompt_only` the gradients of q, k and v are made for the m prompt rows of each text
     alone; the other rows of what comes back are not set.
@@ -108,11 +109,18 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, plan, heads, kv_heads, scale, causal, prompt_only):
+        ctx.dtype = q.dtype
+        with torch.autocast(q.device.type, enabled=False):
+            return _Products._run(ctx, q, k, v, plan, heads, kv_heads, scale, causal, prompt_only)
+
+    @staticmethod
+    def _run(ctx, q, k, v, plan, heads, kv_heads, scale, causal, prompt_only):
         d, dv = q.shape[1] // heads, v.shape[1] // kv_heads
         places, kv_places = plan.heads(heads), plan.heads(kv_heads)
-        q = q.reshape(-1, d).index_select(0, places.to_places)
-        k = k.reshape(-1, d).index_select(0, kv_places.to_places)
-        v = v.reshape(-1, dv).index_select(0, kv_places.to_places)
+        exact = torch.promote_types(q.dtype, torch.float32)
+        q = q.reshape(-1, d).index_select(0, places.to_places).to(exact)
+        k = k.reshape(-1, d).index_select(0, kv_places.to_places).to(exact)
+        v = v.reshape(-1, dv).index_select(0, kv_places.to_places).to(exact)
         out = q.new_empty(len(q), dv)
         chances = []
         repeat = heads // kv_heads
@@ -134,7 +142,7 @@ class _Products(torch.autograd.Function):
             chances.append(p)
         ctx.save_for_backward(q, k, v, out if prompt_only else None, *chances)
         ctx.plan, ctx.settings = plan, (heads, kv_heads, scale, prompt_only)
-        return out.index_select(0, places.to_rows).view(plan.rows, heads * dv)
+        return out.index_select(0, places.to_rows).view(plan.rows, heads * dv).to(ctx.dtype)
 
     @staticmethod
     @once_differentiable
@@ -144,10 +152,11 @@ class _Products(torch.autograd.Function):
         q, k, v, out, *chances = ctx.saved_tensors
         places = plan.heads(heads)
         dv_size = v.shape[1]
-        grad = grad.reshape(-1, dv_size).index_select(0, places.to_places)
+        grad = grad.reshape(-1, dv_size).index_select(0, places.to_places).to(q.dtype)
         places.clear_padding(grad)
         backward = _prompt_gradients if prompt_only else _gradients
-        return (*backward(plan, q, k, v, out, grad, chances, heads, kv_heads, scale), *[None] * 6)
+        grads = backward(plan, q, k, v, out, grad, chances, heads, kv_heads, scale)
+        return (*(g.to(ctx.dtype) for g in grads), *[None] * 6)
 
 
 def _views(plan, heads, kv_heads, group, own, kv, q, k, v, grad):
@@ -292,8 +301,7 @@ def attend(
         [N, H d].
     """
     arguments = (q, k, v, plan, heads, kv_heads, scale, causal)
-    exact = q.dtype in (torch.float32, torch.float64) and q.dtype == k.dtype == v.dtype
-    if not q.is_cuda and exact and plan.size <= PRODUCTS_UP_TO:
+    if not q.is_cuda and q.dtype == k.dtype == v.dtype and plan.size <= PRODUCTS_UP_TO:
         return _Products.apply(*arguments, prompt_only)
     half = q.dtype in (torch.float16, torch.bfloat16)
     if q.is_cuda and half and q.shape[1] // heads % 8 == 0 and _varlen() is not None:

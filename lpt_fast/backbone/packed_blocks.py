@@ -79,6 +79,12 @@ class _FromPrompts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, project, project_backward, plan):
         ctx.project_backward, ctx.plan = project_backward, plan
+        device = x.device.type
+        ctx.autocast = (
+            device,
+            torch.get_autocast_dtype(device),
+            torch.is_autocast_enabled(device),
+        )
         # Not x itself: it may be a buffer that the next forward fills again.
         ctx.save_for_backward(x.index_select(0, plan.prompt_rows))
         return x.view_as(x), *project(x)
@@ -88,8 +94,10 @@ class _FromPrompts(torch.autograd.Function):
     def backward(ctx, dx, *grads):
         rows = ctx.plan.prompt_rows
         grads = [g.index_select(0, rows) for g in grads]
-        d = ctx.project_backward(ctx.saved_tensors[0], rows, grads)
-        d += dx.index_select(0, rows)
+        device, dtype, enabled = ctx.autocast
+        with torch.autocast(device, dtype, enabled=enabled):
+            d = ctx.project_backward(ctx.saved_tensors[0], rows, grads)
+        d = d.to(dx.dtype) + dx.index_select(0, rows)
         return torch.zeros_like(dx).index_copy_(0, rows, d), None, None, None
 
 
@@ -209,8 +217,9 @@ class PostNormBlock(Block):
         return tuple(F.linear(x, m.weight, m.bias) for m in (self.query, self.key, self.value))
 
     def project_backward(self, x, rows, grads):
-        d = grads[0] @ self.query.weight
-        return d.addmm_(grads[1], self.key.weight).addmm_(grads[2], self.value.weight)
+        d = torch.mm(grads[0], self.query.weight)
+        d = torch.addmm(d, grads[1], self.key.weight)
+        return torch.addmm(d, grads[2], self.value.weight)
 
     def finish(self, x, attended):
         x = layer_norm(self.norm, F.linear(attended, self.output.weight, self.output.bias), x)
