@@ -121,11 +121,14 @@ class Classifier:
             readout = batch.pop("readout", None)
             if not isinstance(self.model, PeftModel):
                 batch.pop("context_lengths", None)
-            logits = self.model(**batch).logits
-            if readout is not None:
-                logits = logits[torch.arange(len(index), device=self.device), readout][
-                    :, self._words
-                ]
+            if readout is None:
+                logits = self.model(**batch).logits
+            elif self.formulation.method == "lpt":  # makes no other token's logits
+                place = torch.tensor([examples[i]["readout"] for i in index], device=self.device)
+                logits = self.model(**batch, readout=place).logits[:, 0, self._words]
+            else:
+                at = torch.arange(len(index), device=self.device)
+                logits = self.model(**batch).logits[at, readout][:, self._words]
             out[index] = logits.float().softmax(-1).cpu().numpy()
         return out
 
