@@ -471,3 +471,25 @@ def test_every_block_is_a_known_family():
     from lpt_fast.backbone.families import FAMILIES
 
     assert set(BLOCKS) <= set(FAMILIES)
+
+
+@pytest.mark.parametrize("head", ["SEQ_CLS", "TOKEN_CLS"])
+@pytest.mark.parametrize("generator", ["npg", "mppg"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "qwen3"])
+def test_a_step_from_the_cache_looks_at_no_number(family, generator, head, monkeypatch):
+    """On a GPU, looking would make the host wait for it. Here on tensors that have none."""
+    from lpt_fast import context, reference
+
+    for module in (context, reference):
+        monkeypatch.setattr(module, "check", lambda *_: None)  # an assertion in the stream there
+    base, model = pair(family, head, generator=generator)
+    rows = cached(base, batch(), room=M)
+    find_backbone(model)[1].late_prompt.upper = "packed"
+    empty = torch.nn.Module.to_empty
+    out = empty(model, device="meta")(
+        cached_hidden=rows.to("meta"),
+        labels=torch.zeros((5,) if head == "SEQ_CLS" else (5, 9), dtype=torch.long, device="meta"),
+    )
+    out.loss.backward()
+    assert out.loss.is_meta and out.logits.shape[0] == 5
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

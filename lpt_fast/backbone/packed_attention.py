@@ -9,6 +9,7 @@ precision: PyTorch's variable-length kernel. Else: padded groups and
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
@@ -20,6 +21,13 @@ from .packed_plan import Group, Plan
 
 # Longest texts for which scores of a whole text are kept; above, the memory would hurt.
 PRODUCTS_UP_TO = 256
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast would cast x to now; None: it is off."""
+    kind = x.device.type
+    known = torch.amp.is_autocast_available(kind)
+    return torch.get_autocast_dtype(kind) if known and torch.is_autocast_enabled(kind) else None
 
 
 class _Regroup(torch.autograd.Function):
@@ -110,7 +118,8 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, plan, heads, kv_heads, scale, causal, prompt_only):
         ctx.dtype = q.dtype
-        with torch.autocast(q.device.type, enabled=False):
+        casts = autocast_dtype(q) is not None
+        with torch.autocast(q.device.type, enabled=False) if casts else nullcontext():
             return _Products._run(ctx, q, k, v, plan, heads, kv_heads, scale, causal, prompt_only)
 
     @staticmethod

@@ -7,6 +7,7 @@ knows how its layer projects rows to queries, keys and values, and what comes af
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..insertion_checks import choose_impl
-from .packed_attention import attend, attend_one, attend_one_absorbed, pick
+from .packed_attention import attend, attend_one, attend_one_absorbed, autocast_dtype, pick
 from .packed_plan import Plan
 
 # -- operations with frozen weights ----------------------------------------------------------------
@@ -79,12 +80,7 @@ class _FromPrompts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, project, project_backward, plan):
         ctx.project_backward, ctx.plan = project_backward, plan
-        device = x.device.type
-        ctx.autocast = (
-            device,
-            torch.get_autocast_dtype(device),
-            torch.is_autocast_enabled(device),
-        )
+        ctx.autocast = autocast_dtype(x)
         # Not x itself: it may be a buffer that the next forward fills again.
         ctx.save_for_backward(x.index_select(0, plan.prompt_rows))
         return x.view_as(x), *project(x)
@@ -94,8 +90,9 @@ class _FromPrompts(torch.autograd.Function):
     def backward(ctx, dx, *grads):
         rows = ctx.plan.prompt_rows
         grads = [g.index_select(0, rows) for g in grads]
-        device, dtype, enabled = ctx.autocast
-        with torch.autocast(device, dtype, enabled=enabled):
+        # (Backward runs outside of the autocast of the forward.)
+        again = ctx.autocast is not None
+        with torch.autocast(dx.device.type, ctx.autocast) if again else nullcontext():
             d = ctx.project_backward(ctx.saved_tensors[0], rows, grads)
         d = d.to(dx.dtype) + dx.index_select(0, rows)
         return torch.zeros_like(dx).index_copy_(0, rows, d), None, None, None

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +19,26 @@ from typing import Any
 from .errors import CacheError
 
 DEADLINE = 600.0  # seconds without any progress of the others
+VARIABLE = "LPT_DEADLINE"  # of the environment: another number of seconds
+
+
+def deadline_seconds() -> float:
+    """Seconds that a process waits for others that make no progress.
+
+    Raises:
+        CacheError: the variable holds no such number.
+    """
+    text = os.environ.get(VARIABLE, "")
+    try:
+        seconds = float(text) if text else DEADLINE
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e8:
+        raise CacheError(
+            f"{VARIABLE} is {text!r}, expected a number of seconds above 0; unset it for "
+            f"{DEADLINE:.0f}."
+        )
+    return seconds
 
 
 @dataclass(frozen=True)
@@ -59,38 +80,55 @@ class Ranks:
                 message = json.dumps({"value": make()}).encode()
             except (CacheError, OSError) as error:
                 message = json.dumps({"error": str(error)}).encode()
-                self._share(message)
+                with suppress(CacheError), self._in_time():
+                    self._share(message)  # the error itself counts for more
                 raise
-        content = json.loads(self._share(message))
+        with self._in_time():
+            message = self._share(message)
+        content = json.loads(message)
         if "error" in content:
             raise CacheError(content["error"])
         return content["value"]
+
+    @contextmanager
+    def _in_time(self) -> Iterator[None]:
+        """What torch says of processes that do not answer, in one sentence."""
+        try:
+            yield
+        except RuntimeError as error:
+            others = "process 0" if self.rank else "the other processes"
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise CacheError(
+                f"Process {self.rank} of {self.world} could not agree with {others} on what to "
+                f"compute, expected an answer within {deadline_seconds():.0f} s ({VARIABLE}): "
+                f"{reason}; see whether they run and the network holds, then start again."
+            ) from error
 
     def _share(self, message: bytes) -> bytes:
         """Rank 0's bytes, on every rank."""
         import torch
         import torch.distributed as dist
 
+        patience = timedelta(seconds=deadline_seconds())
         if not dist.is_initialized():
             # The store that torchrun keeps for its processes, else one that rank 0 keeps. (A
             # process group of our own would be in the way of the Trainer's.)
             global _calls, _store
             _calls += 1
             if _store is None:
-                _store, _, _ = next(dist.rendezvous("env://"))
+                _store, _, _ = next(dist.rendezvous("env://", timeout=patience))
             key = f"lpt_fast/cache/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{_calls}"
             seen = [f"{key}/{rank}" for rank in range(self.world)]
-            deadline = timedelta(seconds=DEADLINE)
             if self.rank == 0:
                 _store.set(key, message)
                 if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-                    _store.wait(seen[1:], deadline)  # it ends with this process
+                    _store.wait(seen[1:], patience)  # it ends with this process
                 return message
-            _store.wait([key], deadline)
+            _store.wait([key], patience)
             message = _store.get(key)
             _store.set(seen[self.rank], "")
             return message
-        group = dist.new_group(backend="gloo")
+        group = dist.new_group(backend="gloo", timeout=patience)
         try:
             size = torch.tensor([len(message)])
             dist.broadcast(size, src=0, group=group)
@@ -108,14 +146,21 @@ _store = None
 
 
 def wait_until(
-    done: Callable[[], bool], folders: Iterable[Path], what: str, deadline: float = DEADLINE
+    done: Callable[[], bool], folders: Iterable[Path], what: str, deadline: float | None = None
 ) -> None:
     """Waits for `done`, as long as files in `folders` change.
 
+    Args:
+        done: whether it is there.
+        folders: whose files show progress.
+        what: is waited for, in words.
+        deadline: seconds without a change; default: deadline_seconds().
+
     Raises:
-        CacheError: nothing changed for `deadline` seconds; says what was waited for.
+        CacheError: nothing changed for so long; says what was waited for.
     """
     folders = list(folders)
+    deadline = deadline_seconds() if deadline is None else deadline
     state, since = None, time.monotonic()
     while not done():
         now = [_state(folder) for folder in folders]
