@@ -72,6 +72,8 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         self._outside = [root, backbone]
         self.context = Context(causal_lm)
         self._upper: str | None = None
+        # UpperGraphs (graphs.py) where training runs by CUDA graphs, else None.
+        self.graphs = None
         self._said: set[str | None] = set()  # why layers ran as they did, said once
         self.base_labels = get_labels(root)
         # Whose label space the model has now (None: the base model's), and what is known of each.

@@ -154,18 +154,22 @@ def forward_packed(late, call: Call, rows: Rows, ids: Tensor | None):
     def states():
         return rows.padded(rows.buffer), attended(readable, B, S, device)
 
-    buffer = generator.fill(rows.buffer, rows.cu_seqlens, context, states)
     reads, place = readout_of(late, call, ids, rows.tokens, rows.shape, device)
-    out = run_packed(
-        backbone,
-        family,
-        config.insertion_layer,
-        buffer,
-        plan,
-        positions=rows.rotary_positions() if family.takes_positions else None,
-        readout=reads is not None,
-        place=place,
-    )
+    positions = rows.rotary_positions() if family.takes_positions else None
+    out = None
+    if late.graphs is not None:
+        out = late.graphs.run(rows, context, positions, reads is not None, place)
+    if out is None:
+        out = run_packed(
+            backbone,
+            family,
+            config.insertion_layer,
+            generator.fill(rows.buffer, rows.cu_seqlens, context, states),
+            plan,
+            positions=positions,
+            readout=reads is not None,
+            place=place,
+        )
     if reads is None:
         last = rows.padded(out)
     else:
