@@ -68,11 +68,12 @@ def labels_for(head, inputs, seed=3):
     return {}
 
 
-def outcome(model, upper, at=None, **call):
+def outcome(model, upper, at=None, autocast=None, **call):
     """Logits (or states) at the tokens, loss, and gradients of what trains."""
     find_backbone(model)[1].late_prompt.upper = upper
     model.zero_grad()
-    out = model(**call)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        out = model(**call)  # backward runs outside, as in the Trainer
     names = ("logits", "start_logits", "last_hidden_state")
     value = next(out[name] for name in names if out.get(name) is not None)
     value = value if at is None else value[at]
@@ -458,8 +459,7 @@ def test_autocast(family):
     truth = outcome(model, "padded", **call)
     errors = {}
     for upper in ("padded", "packed"):
-        with torch.autocast("cpu", torch.bfloat16):
-            got = outcome(model, upper, **call)
+        got = outcome(model, upper, autocast=torch.bfloat16, **call)
         errors[upper] = (got[0].float() - truth[0]).norm()
         name = max(truth[2], key=lambda n: truth[2][n].norm())
         errors[upper, "grad"] = (got[2][name] - truth[2][name]).norm()
