@@ -49,6 +49,8 @@ def test_a_bucket_gives_the_same(family, head, generator, monkeypatch):
     # 24 tokens and a filler of 8 make 32; 6 prompts.
     assert seen[0][0] == (32 + 6 * M, 32) and seen[0][1] == (7,)
     assert late.graphs.replayed == 1
+    (bucket,) = late.graphs._made
+    assert bucket.size == 64  # bounds the longest text and the filler, in steps of 64
 
 
 def test_batches_of_like_size_share_a_graph(monkeypatch):
