@@ -18,6 +18,7 @@ _EXPORTS = {
     "ActivationCache": "cache",
     "LPTConfig": "config",
     "LPTModel": "tuner",
+    "LPTTrainer": "trainer",
     "LatePrompt": "late_prompt",
     "PackedBatch": "packing",
 }
@@ -25,6 +26,7 @@ __all__ = [
     "ActivationCache",
     "LPTConfig",
     "LPTModel",
+    "LPTTrainer",
     "LatePrompt",
     "PackedBatch",
     "__version__",

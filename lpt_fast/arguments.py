@@ -11,6 +11,7 @@ from typing import Any
 METHODS = ("lpt", "head", "lora", "prompt_tuning", "full")
 ADAPTER_METHODS = ("lpt", "lora", "prompt_tuning")  # the others save a whole model
 FORMULATIONS = ("classification", "cloze")
+UPPER = ("auto", "packed", "padded")
 TORCH_DTYPES = ("float32", "bfloat16", "float16")
 STORES = ("bf16", "fp32", "fp16", "int8c", "fp8")
 
@@ -99,6 +100,19 @@ class TrainArguments(DataArguments):
         "Data",
     )
 
+    activation_cache: str | None = _option(
+        None,
+        "Folder of caches of the frozen layers' outputs (lpt-fast precompute); texts that it lacks "
+        "are added. Default: run the frozen layers in every epoch.",
+        "Speed",
+    )
+    upper: str | None = _option(
+        None,
+        "How the layers above the prompt run: auto, packed (without padding) or padded. Default: "
+        "auto.",
+        "Speed",
+    )
+
     output_dir: str = _option("out", "Folder for the adapter, checkpoints and results.", "Training")
     learning_rate: float | None = _option(
         None, "Peak learning rate. Default: one that suits the method.", "Training"
@@ -151,12 +165,21 @@ class TrainArguments(DataArguments):
         _one_of("method", self.method, METHODS)
         _one_of("formulation", self.formulation, FORMULATIONS)
         _one_of("torch_dtype", self.torch_dtype, TORCH_DTYPES)
+        if self.upper is not None:
+            _one_of("upper", self.upper, UPPER)
         if not self.model:
             raise ValueError(
                 "`--model` is missing: give a hub name such as roberta-large, or a local folder."
             )
         if not (self.train_file or self.dataset):
             raise ValueError("There is nothing to train on: give --train_file or --dataset.")
+        for name in ("activation_cache", "upper"):
+            value = getattr(self, name)
+            if value is not None and self.method != "lpt":
+                raise ValueError(
+                    f"`--{name}` goes with --method lpt, got {value!r} with --method "
+                    f"{self.method}, which has no late prompt; leave it out."
+                )
         if self.formulation == "cloze" and self.method != "lpt":
             raise ValueError(
                 f"`--formulation cloze` goes with --method lpt, got --method {self.method}; the "

@@ -90,6 +90,7 @@ def run(model: str | None, output_dir: str, epochs: float, seed: int) -> dict:
             save_strategy="no",
             logging_steps=10**9,
             seed=seed,
+            activation_cache=str(folder / "cache") if method == "lpt" else None,
         )
         results[method] = train(args)
 
@@ -104,8 +105,9 @@ def run(model: str | None, output_dir: str, epochs: float, seed: int) -> dict:
     versions = ", ".join(f"{n} {metadata.version(n)}" for n in ("torch", "transformers", "peft"))
     typer.echo(f"\n{table(rows)}\n")
     typer.echo(
-        f"Layers 1..{lpt['insertion_layer']} of {model} ran frozen and without gradient; the "
-        f"'{lpt['generator']}' generator made 5 prompt rows from their output.\n"
+        f"Layers 1..{lpt['insertion_layer']} of {model} ran once for each sentence, frozen; what "
+        f"they gave is kept in {folder / 'cache'}. The '{lpt['generator']}' generator\n"
+        "made 5 prompt rows from it.\n"
         f"({lpt['test']['examples']} test sentences, {versions}, "
         f"{time.perf_counter() - start:.0f} s in all. The text is what is installed here, so "
         "figures differ a little between machines.)"
@@ -115,6 +117,7 @@ What to type next:
   echo "Return the gradient of the loss." | lpt-fast predict --adapter {output_dir}
   lpt-fast eval --adapter {output_dir} --test_file {paths["test"]}
   lpt-fast train --model {model} --train_file {paths["train"]} \
---validation_file {paths["validation"]} --generator mppg
+--validation_file {paths["validation"]} --generator mppg \
+--activation_cache {folder / "cache"} --max_length 64
   lpt-fast train --help""")
     return results

@@ -1,4 +1,4 @@
-"""Training from the command line: data, model, the stock Hugging Face Trainer, results."""
+"""Training from the command line: data, model, the Hugging Face Trainer, results."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ from .tasks import (
     label_names,
     load_task,
 )
+from .trainer import LPTTrainer
 
 # Peak learning rates where none is given: customary for each method, not tuned to a task.
 LEARNING_RATES = {"lpt": 1e-3, "head": 1e-3, "lora": 1e-3, "prompt_tuning": 1e-2, "full": 1e-4}
@@ -269,10 +270,14 @@ class Metrics:
         self.words = torch.tensor(formulation.word_ids(tokenizer)) if formulation.cloze else None
 
     def preprocess_logits(self, logits, labels: torch.Tensor) -> torch.Tensor:
-        """Logits of the classes [B, C]: for cloze those of the label words at the label's place."""
+        """Logits of the classes [B, C]: for cloze those of the label words at the label's place
+        (the only one in logits [B, 1, V]).
+        """
         logits = logits[0] if isinstance(logits, tuple) else logits
         if self.words is None:
             return logits
+        if logits.shape[1] == 1:
+            return logits[:, 0, self.words.to(logits.device)]
         place = (labels != -100).int().argmax(1) - int(self.formulation.causal)
         at = logits[torch.arange(len(logits), device=logits.device), place]
         return at[:, self.words.to(at.device)]
@@ -304,7 +309,14 @@ def train(args: TrainArguments) -> dict:
 
     train_set, validation, test = (examples(s) for s in (data.train, data.validation, data.test))
     metrics = Metrics(formulation, tokenizer)
-    trainer = Trainer(
+    trainer_class, more = Trainer, {}
+    if args.method == "lpt":
+        # (Smoothed losses are Trainer's own, over the logits of every token.)
+        one_token = formulation.cloze and args.label_smoothing_factor == 0
+        trainer_class = LPTTrainer
+        more = {"activation_cache": args.activation_cache, "upper": args.upper}
+        more["readout_only"] = one_token
+    trainer = trainer_class(
         model=model,
         args=training_arguments(args, validation is not None, data.task),
         data_collator=Collator(tokenizer),
@@ -313,6 +325,7 @@ def train(args: TrainArguments) -> dict:
         processing_class=tokenizer,
         compute_metrics=metrics.compute,
         preprocess_logits_for_metrics=metrics.preprocess_logits,
+        **more,
     )
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=_checkpoint(args))
@@ -334,6 +347,14 @@ def train(args: TrainArguments) -> dict:
             keys = ("accuracy", "f1", "mcc", "loss")
             results[name] = {key: got[f"{name}_{key}"] for key in keys}
             results[name]["examples"] = len(rows)
+    if args.activation_cache is not None:
+        cache = trainer.open_cache()
+        results["activation_cache"] = {
+            "path": args.activation_cache,
+            "rows": len(cache),
+            "store": cache.identity.store,
+            "tier": cache.plan.tier,
+        }
     _clear_other_kind(Path(args.output_dir), args.method)
     trainer.save_model(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)

@@ -374,6 +374,16 @@ def test_demo(models_dir, tmp_path, monkeypatch):
     next_lines = [line.split() for line in shown.splitlines() if line.startswith("  lpt-fast eval")]
     done = invoke(*next_lines[0][1:], "--use_cpu")
     assert done.exit_code == 0, done.output
+    # The training that it proposes finds the rows of this one.
+    rows = results["activation_cache"]["rows"]
+    assert rows > 1000 and results["activation_cache"]["path"] == str(out / "cache")
+    (line,) = [line.split() for line in shown.splitlines() if "--activation_cache" in line]
+    more = ("--output_dir", tmp_path / "next", "--max_steps", 1, "--save_strategy", "no")
+    done = invoke(*line[1:], *more, "--use_cpu")
+    assert done.exit_code == 0, done.output
+    again = json.loads((tmp_path / "next" / "results.json").read_text())
+    new = again["activation_cache"]["rows"] - rows
+    assert 0 < new <= again["validation"]["examples"]
 
 
 def test_predict_pairs_from_stdin(models_dir, tmp_path, monkeypatch):

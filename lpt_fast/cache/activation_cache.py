@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .identity import Identity, Place, cut, identity_of
 from .index import KeyTable, RowTable
 from .plan import Target
 from .planner import Plan, choose_tier
-from .reader import RowReader, check_mode, check_rows
+from .reader import RowReader, check_mode, check_rows, take_over
 from .rows import DatasetKeys, TextRules, as_keys, read_keys
 from .shard import STORES
 from .state import State
@@ -421,6 +422,23 @@ class ActivationCache:
         _check_room(room)
         return self._reader.batches((self._numbers(rows) for rows in order), room, dtype, prefetch)
 
+    def reading_aside(self) -> Callable[..., Callable[[], PackedBatch]]:
+        """For a thread that reads ahead: a function `ask(rows, room=, dtype=)` that reads as `read`
+        does, on a GPU beside its work. What it returns is called in the thread that uses the batch
+        and gives it.
+        """
+        self._opened()
+        stream = self._reader.new_stream()
+
+        def ask(rows, *, room: int = 0, dtype: torch.dtype | None = None):
+            self._opened()
+            reader, rows = self._reader, self._numbers(rows)
+            if reader.plan.tier == "disk":
+                reader.advise(rows)  # a disk serves many requests at once
+            return partial(take_over, *reader.read_aside(stream, rows, room, dtype))
+
+        return ask
+
     def device_store(self):
         """The whole cache as `lpt_kernels.gather.Store` on the device, for
         `lpt_fast.insertion.gather_insert_prompt`; its examples are the rows of this object.
@@ -474,6 +492,12 @@ class ActivationCache:
         return self._reader.plan
 
     @property
+    def table(self) -> RowTable:
+        """Where every row is, and what its text was."""
+        self._opened()
+        return self._table
+
+    @property
     def lengths(self) -> np.ndarray:
         """Tokens of each row, int64 [N]."""
         self._opened()
@@ -483,6 +507,18 @@ class ActivationCache:
         """Number of rows; 0 before anything is there."""
         self._take_up()
         return 0 if self._table is None else len(self._table)
+
+    def reopen(self) -> ActivationCache:
+        """The same cache once more, for another process: its rows come from the files and go to the
+        CPU. Pickling an open cache comes to the same.
+        """
+        function, args = self.__reduce__()
+        return function(*args)
+
+    def __reduce__(self):
+        self._opened()
+        tier = "disk" if self._reader.plan.tier == "disk" else "page"
+        return _reopened, (self.root, self._identity.digest, tier, self._check)
 
     def close(self) -> None:
         """Lets go of files and memory."""
@@ -508,6 +544,10 @@ class ActivationCache:
                 f"{self.root} holds no cache yet, expected one to read from; `ensure(model, "
                 "dataset)` or `lpt-fast precompute` fills it."
             )
+
+
+def _reopened(root: Path, identity: str, tier: str, check: str) -> ActivationCache:
+    return ActivationCache.open(root, identity=identity, tier=tier, check=check, device="cpu")
 
 
 def _check_room(room: int) -> None:

@@ -250,6 +250,20 @@ class RowReader:
 
     # -- batches ahead of their use ----------------------------------------------------------------
 
+    def new_stream(self) -> torch.cuda.Stream | None:
+        """For copies to the GPU beside its work; None on the CPU."""
+        return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def read_aside(
+        self, stream, rows: np.ndarray, room: int = 0, dtype: torch.dtype | None = None
+    ) -> tuple[PackedBatch, torch.cuda.Event | None]:
+        """`read` with its copies on a stream of its own; for `take_over` in the thread that uses
+        the batch.
+        """
+        with torch.cuda.stream(stream):
+            batch = self.read(rows, room, dtype)
+            return batch, None if stream is None else stream.record_event()
+
     def advise(self, rows: np.ndarray) -> None:
         """Asks the disk for rows that will be read soon."""
         sizes = (self.table.length[rows] * self._row_bytes).tolist()
@@ -270,7 +284,7 @@ class RowReader:
             return
         ready: queue.Queue = queue.Queue(maxsize=prefetch)
         stop = threading.Event()
-        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        stream = self.new_stream()
 
         def hand_over(item) -> bool:
             while not stop.is_set():
@@ -284,10 +298,7 @@ class RowReader:
         def work() -> None:
             try:
                 for rows in self._looking_ahead(order):
-                    with torch.cuda.stream(stream):
-                        batch = self.read(rows, room, dtype)
-                        event = stream.record_event() if stream is not None else None
-                    if not hand_over((batch, event)):
+                    if not hand_over(self.read_aside(stream, rows, room, dtype)):
                         return
                 hand_over(None)
             except BaseException as error:
@@ -299,14 +310,7 @@ class RowReader:
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
-                batch, event = item
-                if event is not None:
-                    current = torch.cuda.current_stream(self.device)
-                    current.wait_event(event)
-                    for value in vars(batch).values():
-                        if isinstance(value, Tensor):  # made on the other stream, used on this
-                            value.record_stream(current)
-                yield batch
+                yield take_over(*item)
         finally:
             stop.set()
             thread.join()
@@ -326,6 +330,17 @@ class RowReader:
                 ahead -= len(waiting[0])
                 yield waiting.popleft()
         yield from waiting
+
+
+def take_over(batch: PackedBatch, event: torch.cuda.Event | None) -> PackedBatch:
+    """A batch of `read_aside`, ready for the stream that uses it."""
+    if event is not None:
+        current = torch.cuda.current_stream(batch.hidden.device)
+        current.wait_event(event)
+        for value in vars(batch).values():
+            if isinstance(value, Tensor):  # made on the other stream, used on this
+                value.record_stream(current)
+    return batch
 
 
 def check_mode(check: str) -> None:
