@@ -1,5 +1,5 @@
-"""python -m bench accuracy | table | cache | cache-quantize | cache-accuracy | kernels | plot |
-report | profile | lengths.
+"""python -m bench accuracy | table | cache | cache-quantize | cache-accuracy | train |
+train-accuracy | train-plot | kernels | plot | report | profile | lengths.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import importlib
 
 import typer
 
-from . import accuracy, cache, cache_accuracy, cache_quantize
+from . import accuracy, cache, cache_accuracy, cache_quantize, train, train_accuracy, train_plot
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.command(name="accuracy")(accuracy.main)
@@ -16,6 +16,9 @@ app.command(name="table")(accuracy.table)
 app.command(name="cache")(cache.main)
 app.command(name="cache-quantize")(cache_quantize.main)
 app.command(name="cache-accuracy")(cache_accuracy.main)
+app.command(name="train")(train.main)
+app.command(name="train-accuracy")(train_accuracy.main)
+app.command(name="train-plot")(train_plot.main)
 
 # Programs of their own, which also run where typer is not installed (`python -m bench.kernels`);
 # they read their options themselves.

@@ -5,6 +5,7 @@ whether a target was met.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -85,6 +86,9 @@ def _short(value) -> str:
 
 
 def _rounded(value):
+    """As JSON has it, which knows no infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
@@ -93,17 +97,19 @@ class Recorder:
 
     Args:
         out: the file; None to print alone.
+        common: fields of every line that are not printed.
     """
 
-    def __init__(self, out: str | None):
+    def __init__(self, out: str | None, common: dict | None = None):
         self.out = None if out is None else Path(out)
+        self.common = common or {}
 
     def __call__(self, figure: Figure) -> None:
         from .machine import describe
 
         print(figure, flush=True)
         if self.out is not None:
-            line = json.dumps({**figure.to_json(), **describe()})
+            line = json.dumps({**figure.to_json(), **self.common, **describe()})
             with open(self.out, "a", encoding="utf-8") as f:
                 f.write(line + "\n")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -21,7 +22,9 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+@cache
 def _commit() -> str:
+    """Of the tree, as it is when first asked."""
     try:
         run = ["git", "describe", "--always", "--dirty"]
         done = subprocess.run(
