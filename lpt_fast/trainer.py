@@ -31,6 +31,7 @@ from .cached_data import (
     WithReadout,
 )
 from .context import parameter_names
+from .graphs import UpperGraphs
 from .late_prompt import LatePrompt
 from .packing import PackedBatch
 from .readout import READOUT
@@ -61,6 +62,8 @@ class LPTTrainer(Trainer):
             or an open ActivationCache, which says the store, the tier and the like. None: from
             the text.
         upper: how layers k+1..L run, "auto", "packed" or "padded"; None: as the adapter says.
+        cuda_graphs: on CUDA, the packed layers of a training step run as CUDA graphs by token bucket
+            (graphs.py).
         readout_only: language models whose examples have one label each: predictions are the logits
             of that token alone, [B, 1, V], and label_ids that label, [B, 1].
 
@@ -76,6 +79,7 @@ class LPTTrainer(Trainer):
         *more,
         activation_cache: str | Path | ActivationCache | None = None,
         upper: str | None = None,
+        cuda_graphs: bool = False,
         readout_only: bool = False,
         **named,
     ):
@@ -86,7 +90,7 @@ class LPTTrainer(Trainer):
                 "an ActivationCache; ActivationCache.open(folder, model) gives one."
             )
         self.activation_cache = activation_cache
-        self._upper = upper
+        self._upper, self._cuda_graphs = upper, cuda_graphs
         self.readout_only = readout_only
         self._ahead = ReadAhead()
         self._forget_rows()
@@ -100,6 +104,11 @@ class LPTTrainer(Trainer):
 
     def _check_arguments(self) -> None:
         args = self.args
+        if self._cuda_graphs and args.device.type != "cuda":
+            raise ValueError(
+                f"`cuda_graphs` is True and the model trains on {args.device.type!r}, expected a "
+                "CUDA device; leave it out."
+            )
         if self.readout_only and not self._reads_one_token():
             raise ValueError(
                 f"`readout_only` is True for {type(self._late_prompt.root).__name__}, expected a "
@@ -128,6 +137,8 @@ class LPTTrainer(Trainer):
         late = find_late_prompt(model)
         if self._upper is not None:
             late.upper = self._upper
+        if self._cuda_graphs:
+            late.graphs = UpperGraphs(late)
         self._late_prompt = late
 
     def call_model_init(self, trial=None):

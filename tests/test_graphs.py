@@ -121,6 +121,17 @@ def test_a_bucket_has_to_come_again(monkeypatch):
         assert len(seen) == (calls > 2)
 
 
+def test_the_trainer_says_where_graphs_run(tmp_path):
+    from test_trainer import new_model, rows
+    from transformers import TrainingArguments
+
+    from lpt_fast import LPTTrainer
+
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="trains on 'cpu', expected a CUDA device"):
+        LPTTrainer(new_model(), args, train_dataset=rows(4), cuda_graphs=True)
+
+
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("family", ["bert", "gpt2", "qwen3"])
