@@ -62,8 +62,8 @@ class LPTTrainer(Trainer):
             or an open ActivationCache, which says the store, the tier and the like. None: from
             the text.
         upper: how layers k+1..L run, "auto", "packed" or "padded"; None: as the adapter says.
-        cuda_graphs: on CUDA, the packed layers of a training step run as CUDA graphs by token bucket
-            (graphs.py).
+        cuda_graphs: on CUDA, the packed layers of a training step run as CUDA graphs, one for each
+            token bucket (graphs.py).
         readout_only: language models whose examples have one label each: predictions are the logits
             of that token alone, [B, 1, V], and label_ids that label, [B, 1].
 
@@ -178,12 +178,12 @@ class LPTTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            named = parameter_names(type(self._late_prompt.backbone).forward)
-            more = [name for name in ("position_ids", "token_type_ids") if name in named]
-            # What the late prompt takes out of the call, no forward names.
-            more.append("context_lengths")
-            known = self._signature_columns
-            known += [name for name in more if name not in known]
+            more = ["context_lengths"]  # which the late prompt takes out of the call
+            if "kwargs" in self._signature_columns:
+                # Somebody's own head that hands on what it does not name.
+                named = parameter_names(type(self._late_prompt.backbone).forward)
+                more += [name for name in ("position_ids", "token_type_ids") if name in named]
+            self._signature_columns += more
 
     def _get_collator_with_removed_columns(self, data_collator, description=None):
         if isinstance(data_collator, CachedCollator):
