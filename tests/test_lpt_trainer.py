@@ -273,12 +273,16 @@ def test_a_folder_is_all_that_is_added(tmp_path, caplog):
     assert cache.identity.store == "bf16" and len(cache) == 32
 
 
-def test_model_init_and_the_lazy_name(tmp_path):
-    """Every model that is made anew gets its rows from its own cache."""
-    layers = iter((1, 1, 3))  # Trainer makes one before the training starts, too
+def test_every_new_model_has_its_own_rows(tmp_path):
+    """`model_init` may give another layer, and other weights below the same one."""
+    made = iter(((1, 0), (1, 0), (3, 0), (3, 1)))  # (Trainer makes one before it trains.)
 
     def init():
-        return model_of(insertion_layer=next(layers), upper="padded")
+        layer, more = next(made)
+        model = model_of(insertion_layer=layer, upper="padded")
+        with torch.no_grad():
+            model.get_input_embeddings().weight.add_(more)
+        return model
 
     trainer = LPTTrainer(
         args=arguments(tmp_path),
@@ -288,11 +292,11 @@ def test_model_init_and_the_lazy_name(tmp_path):
         activation_cache=tmp_path / "cache",
         upper="packed",
     )
-    for layer in (1, 3):
+    for layer in (1, 3, 3):
         trainer.train()
         assert trainer.open_cache().identity.layer == layer
         assert trainer.model.base_model._late_prompt().upper == "packed"
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
 def test_torch_compile(tmp_path):

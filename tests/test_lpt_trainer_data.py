@@ -15,10 +15,10 @@ from lpt_trainer_cases import K, Stop, arguments, cached, model_of, padded_label
 from peft import LoraConfig, get_peft_model
 from test_trainer import assert_same, collate, rows, trained
 from tiny import VOCAB, tiny
-from transformers import default_data_collator
+from transformers import BertForSequenceClassification, default_data_collator
 from transformers.trainer_utils import get_last_checkpoint
 
-from lpt_fast import ActivationCache, LPTTrainer
+from lpt_fast import ActivationCache, LPTConfig, LPTTrainer
 from lpt_fast.cache import CacheError
 from lpt_fast.cached_data import find_readout
 
@@ -294,6 +294,41 @@ def test_columns_that_a_text_needs(tmp_path):
     assert_same(weights[0], trained(plain), **CLOSE)
     with pytest.raises(AssertionError):
         assert_same(*weights, **CLOSE)
+
+
+class OwnHead(BertForSequenceClassification):
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        return super().forward(input_ids, labels=labels, **kwargs)
+
+
+def test_columns_that_a_head_hands_on(tmp_path):
+    """A head of one's own need not name the types of a text."""
+    data = [row for row in rows() if len(row["input_ids"]) == 6]
+    data = [
+        {"input_ids": row["input_ids"], "token_type_ids": [0, 0, 1, 1, 1, 1], "labels": 1}
+        for row in data
+    ]
+    for cls in (BertForSequenceClassification, OwnHead):
+        base = tiny("bert", "SEQ_CLS")
+        base.__class__ = cls
+        model = get_peft_model(base, LPTConfig(task_type="SEQ_CLS", prompt_dropout=0.0))
+        cache = tmp_path / cls.__name__
+        trainer = cached(model, tmp_path, cache, data, data_collator=default_data_collator)
+        trainer.train()
+        assert (trainer.open_cache().table.token_type_ids >= 0).all()
+    assert trainer.label_names == ["labels"]
+
+
+def test_columns_that_the_model_does_not_take(tmp_path):
+    """Trainer drops them, so the rows are of the text without them."""
+    data = [{**row, "position_ids": [7] * len(row["labels"])} for row in with_labels("token")]
+    models = [model_of("t5", "TOKEN_CLS") for _ in range(2)]
+    more = {"data_collator": padded_labels()}
+    stock(models[0], tmp_path, data, **more).train()
+    fast = cached(models[1], tmp_path, tmp_path / "cache", data, **more)
+    fast.train()
+    assert_same(*map(trained, models), **CLOSE)
+    assert fast.open_cache().table.position_ids is None
 
 
 # -- what cannot work ------------------------------------------------------------------------------
