@@ -31,6 +31,7 @@ from .cached_data import (
     WithReadout,
 )
 from .context import parameter_names
+from .counted import CountedTraining
 from .graphs import UpperGraphs
 from .late_prompt import LatePrompt
 from .packing import PackedBatch
@@ -44,7 +45,7 @@ REMEMBERED = 8  # data sets whose rows are known without asking again
 _READABLE = ("ForMaskedLM", "ForCausalLM", "LMHeadModel")
 
 
-class LPTTrainer(Trainer):
+class LPTTrainer(CountedTraining, Trainer):
     """Trains a model with a late prompt, from its text or from a cache of its frozen layers.
 
     With `activation_cache`, layers 1..k run once for each text of the training and evaluation data
@@ -158,8 +159,12 @@ class LPTTrainer(Trainer):
             and self.label_smoother is None
             and self.compute_loss_func is None
             # Somebody's own loss wants the logits that it knows.
-            and type(self).compute_loss is Trainer.compute_loss
+            and not self._has_own_loss()
         )
+
+    def _has_own_loss(self) -> bool:
+        stock = (Trainer.compute_loss, CountedTraining.compute_loss)
+        return type(self).compute_loss not in stock
 
     def _label_rules(self) -> LabelRules:
         late = self._late_prompt
@@ -309,8 +314,7 @@ class LPTTrainer(Trainer):
 
     def _check_labels(self) -> None:
         """Raises ValueError where the model would give no loss, before any row is computed."""
-        own_loss = self.compute_loss_func is not None
-        if own_loss or type(self).compute_loss is not Trainer.compute_loss or not self.label_names:
+        if self.compute_loss_func is not None or self._has_own_loss() or not self.label_names:
             return
         dataset = self.train_dataset
         if not hasattr(dataset, "__getitem__") or len(dataset) == 0:

@@ -22,11 +22,11 @@ from transformers import (
 )
 from transformers.integrations import get_available_reporting_integrations
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
-from transformers.trainer_utils import get_last_checkpoint
 
 from .arguments import ADAPTER_METHODS, TrainArguments
 from .backbone.families import find_backbone, head_modules
 from .config import LPTConfig
+from .cursor import last_checkpoint
 from .data import (
     RUN_FILE,
     Collator,
@@ -391,13 +391,13 @@ def _checkpoint(args: TrainArguments) -> str | None:
     if name is None:
         return None
     if name == "last":
-        folder = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        folder = last_checkpoint(args.output_dir)  # that was written to its end
         if folder is None:
             raise ValueError(
                 f"There is no checkpoint in {args.output_dir} to resume from; start without "
                 "--resume_from_checkpoint."
             )
-        return folder
+        return str(folder)
     if not (Path(name) / "trainer_state.json").is_file():
         raise ValueError(f"{name} is no checkpoint of a training (it holds no trainer_state.json).")
     return name

@@ -212,6 +212,11 @@ class Builder:
 
     def _calibrate(self, target: Target) -> np.ndarray:
         """Channel scales from texts spread over all lengths of the data set."""
+        if self.ranks.world > 1 and self._in_parts():
+            raise CacheError(
+                "The store is int8c, whose scales one process computes, and the model lies in "
+                "parts on several (shard_frozen), expected it whole; take another store."
+            )
         rows = np.flatnonzero(target.missing)  # each text once
         keys, lengths, kinds = self.keys.keys[rows], self.keys.lengths[rows], self.keys.kinds[rows]
         step = max(1, int(lengths.sum()) // CALIBRATION_TOKENS)
@@ -265,6 +270,7 @@ class Builder:
         try:
             for rows in mine:
                 self._fill_shard(rows, runner, writers, bar)
+            self._run_along(shards, runner)
             for writer, target in zip(writers, self.targets, strict=True):
                 for entry in writer.close():
                     self._add(target, entry)
@@ -316,10 +322,29 @@ class Builder:
                 rate = self.report.tokens / elapsed
                 bar.set_postfix_str(f"{rate:,.0f} tokens/s, {written:,.0f} MB", refresh=False)
 
+    def _run_along(self, shards: list[np.ndarray], runner: Runner) -> None:
+        """A model that lies in parts on all processes (fsdp.py) runs on all of them together: those
+        that are done run along, as often as the one that has most to do.
+        """
+        if self.ranks.world == 1 or not self._in_parts():
+            return
+        budget, counts = runner.budget(self.settings.batch_tokens), []
+        for rank in range(self.ranks.world):
+            lengths = [self.keys.lengths[rows] for rows in shards[rank :: self.ranks.world]]
+            counts.append(sum(len(list(batches_of(each, budget))) for each in lengths))
+        text = self._texts(shards[-1][-1:])
+        for _ in range(max(counts) - counts[self.ranks.rank]):
+            runner.run(text)
+
+    def _in_parts(self) -> bool:
+        return any(hasattr(p, "full_tensor") for p in self.targets[0].place.lower.parameters())
+
     def _source_of(self, rows: np.ndarray):
         """The deepest exact cache of a lower cut that has all these rows, and their numbers
         there.
         """
+        if self._in_parts():
+            return None  # all processes have to run the same layers
         for layer, reader, table in self.sources:
             numbers = table.find(self.keys.keys[rows])
             if (numbers >= 0).all():

@@ -160,6 +160,8 @@ def fingerprint(lower: nn.Module) -> tuple:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
+    if hasattr(tensor, "full_tensor"):  # of which each process holds a part (fsdp.py)
+        tensor = tensor.full_tensor()
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
 
