@@ -154,6 +154,12 @@ def train(cache, out, count=50, batch=8, checkpoint=None, stop=0, pause=0.0, **m
     }
 
 
+def leave() -> None:
+    """Together: gloo may abort a process whose peers close their connections while it works."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
 def as_rank(rank: int, world: int, port: int, say, settings: dict) -> None:
     """In a child: what torchrun would set, then the training."""
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
@@ -162,7 +168,7 @@ def as_rank(rank: int, world: int, port: int, say, settings: dict) -> None:
         os.environ["MASTER_ADDR"] = "127.0.0.1"
     say(train(**settings))
     if world > 1:
-        torch.distributed.destroy_process_group()
+        leave()
 
 
 if __name__ == "__main__":
@@ -172,4 +178,4 @@ if __name__ == "__main__":
     name = f"rank{os.environ.get('RANK', 0)}.json"
     (Path(settings["out"]) / name).write_text(json.dumps(result))
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        leave()
