@@ -25,7 +25,6 @@ from transformers import (
 from lpt_fast import LPTConfig, LPTTrainer
 from lpt_fast.cache import ActivationCache
 from lpt_fast.cache.forward import Runner
-from lpt_fast.counted import CountedTraining
 from lpt_fast.cursor import last_checkpoint
 
 from .two_machines import enter
@@ -33,12 +32,6 @@ from .two_machines import enter
 TEXTS, TRAINED, K, WIDTH = 400, 120, 2, 32
 SHARD_BYTES = 64 * WIDTH * 4  # of 64 tokens
 EPOCHS, BATCH, SAVE = 2, 16, 3
-
-
-class CampaignTrainer(
-    *((LPTTrainer,) if issubclass(LPTTrainer, CountedTraining) else (CountedTraining, LPTTrainer))
-):
-    """LPTTrainer that counts its examples."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +148,7 @@ def train(model, job: Job) -> dict:
         dataloader_pin_memory=False,
         **more,
     )
-    trainer = CampaignTrainer(
+    trainer = LPTTrainer(
         model,
         args,
         data_collator=collate,

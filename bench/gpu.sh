@@ -10,43 +10,9 @@
 # history, LPT_COMMIT names the commit that results are of.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-$(command -v python3 || command -v python)}
-export PYTHONPATH=".:kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
-out=${OUT:-bench/results}
-dry=0
-case "${1:-}" in
-"") ;;
---dry-run) dry=1 ;;
-*)
-    echo "Usage: bench/gpu.sh [--dry-run]"
-    exit 2
-    ;;
-esac
-
-if [ "$dry" = 0 ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "No CUDA device was found (or torch does not import in $python): bench/gpu.sh needs a GPU; --dry-run tries its steps on the CPU."
-    exit 2
-fi
-mkdir -p "$out"
+source bench/gpu_steps.sh
+begin
 results=$out/kernels.jsonl
-began=$SECONDS
-failed=()
-
-# step NAME SECONDS COMMAND...: runs it with a limit, says how it ended and how long it took.
-step() {
-    local name=$1 limit=$2 start=$SECONDS code
-    shift 2
-    case " ${STEPS:-$name} " in *" $name "*) ;; *) return ;; esac
-    echo "== $name (at most $limit s): $*"
-    timeout --signal=INT --kill-after=10 "$limit" "$@"
-    code=$?
-    echo "== $name: exit $code after $((SECONDS - start)) s"
-    [ "$code" = 0 ] || failed+=("$name ($code)")
-}
-
-echo "== machine"
-nvidia-smi -L 2>/dev/null || echo "no nvidia-smi"
-"$python" -c 'from bench.machine import describe; print(describe())' || exit 1
 
 # Only files with tests for a GPU: others import what such a machine may lack.
 mapfile -t with_mark < <(grep -l 'pytest\.mark\.gpu' tests/test_*.py 2>/dev/null)
@@ -83,8 +49,4 @@ else
     echo "== plot: left out, matplotlib is not installed; python -m bench plot draws from the file anywhere"
 fi
 step report 15 bash -c 'set -o pipefail; "$0" -m bench.report --file "$1" | tee "$2"' "$python" "$results" "$out/report.md"
-echo "== $((SECONDS - began)) s in all; files in $out"
-if [ ${#failed[@]} -gt 0 ]; then
-    echo "Steps that failed: ${failed[*]}"
-    exit 1
-fi
+end

@@ -11,23 +11,7 @@
 # no history, LPT_COMMIT names the commit. The steps after one that fails still run; the exit code is then 1.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-$(command -v python3 || command -v python)}
-export PYTHONPATH=".:kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
-out=${OUT:-bench/results}
-dry=0
-case "${1:-}" in
-"") ;;
---dry-run) dry=1 ;;
-*)
-    echo "Usage: bench/gpu_train.sh [--dry-run]"
-    exit 2
-    ;;
-esac
-
-if [ "$dry" = 0 ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "No CUDA device was found (or torch does not import in $python): bench/gpu_train.sh needs a GPU; --dry-run tries its steps on the CPU."
-    exit 2
-fi
+source bench/gpu_steps.sh
 missing=$("$python" -c '
 from importlib.util import find_spec
 names = ("transformers", "peft", "typer", "xxhash", "psutil", "yaml", "safetensors")
@@ -36,25 +20,7 @@ if [ -n "$missing" ]; then
     echo "These packages are not installed in $python, and bench/gpu_train.sh needs them: $missing."
     exit 2
 fi
-mkdir -p "$out"
-began=$SECONDS
-failed=()
-
-# step NAME SECONDS COMMAND...: runs it with a limit, says how it ended and how long it took.
-step() {
-    local name=$1 limit=$2 start=$SECONDS code
-    shift 2
-    case " ${STEPS:-$name} " in *" $name "*) ;; *) return ;; esac
-    echo "== $name (at most $limit s): $*"
-    timeout --signal=INT --kill-after=10 "$limit" "$@"
-    code=$?
-    echo "== $name: exit $code after $((SECONDS - start)) s"
-    [ "$code" = 0 ] || failed+=("$name ($code)")
-}
-
-echo "== machine"
-nvidia-smi -L 2>/dev/null || echo "no nvidia-smi"
-"$python" -c 'from bench.machine import describe; print(describe())' || exit 1
+begin
 
 bench=("$python" -m bench train --encoder roberta-large --dtype bf16 --task "${TASK:-subj}" --out "$out/train.jsonl")
 [ -z "${DATA:-}" ] || bench+=(--data "$DATA")
@@ -72,8 +38,4 @@ else
     step tokens 180 "${bench[@]}" --batch_tokens 32768 --steps 10 --contestants "$late"
     step profile 60 bash -c 'set -o pipefail; "${@:2}" | tee "$1"' - "$out/train_profile.txt" "${bench[@]}" --profile
 fi
-echo "== $((SECONDS - began)) s in all; files in $out"
-if [ ${#failed[@]} -gt 0 ]; then
-    echo "Steps that failed: ${failed[*]}"
-    exit 1
-fi
+end

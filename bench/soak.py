@@ -21,10 +21,11 @@ import torch
 import typer
 from transformers import TrainingArguments
 
+from lpt_fast import LPTTrainer
 from lpt_fast.cache import ActivationCache
 from lpt_fast.cursor import last_checkpoint
 
-from .fault_worker import SHARD_BYTES, CampaignTrainer, adapted, collate, examples
+from .fault_worker import SHARD_BYTES, adapted, collate, examples
 
 WARM = 0.2  # share of the cycles that are left out of the slope: allocators and imports settle
 UNITS = {"rss_mb": "MB", "files": "files", "threads": "threads"}
@@ -55,7 +56,7 @@ def cycle(root: Path) -> float:
         model = adapted()
         with ActivationCache.open(root / "cache", model, store="fp32") as opened:
             opened.ensure(model, examples(), shard_bytes=SHARD_BYTES)
-            trainer = CampaignTrainer(
+            trainer = LPTTrainer(
                 model,
                 _arguments(run, epochs),
                 data_collator=collate,

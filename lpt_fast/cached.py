@@ -73,13 +73,13 @@ def hidden_states(late, batch: PackedBatch, k: int) -> tuple[Tensor, dict]:
     inputs = {"attention_mask": batch.mask().long()}
     if batch.position_ids is not None:
         inputs["position_ids"] = batch.pad(batch.position_ids)
-    return batch.padded().to(dtype_of(late, batch, k)), inputs
+    return batch.padded().to(layer_dtype(late, k) or batch.hidden.dtype), inputs
 
 
-def dtype_of(late, batch: PackedBatch, k: int) -> torch.dtype:
-    """That of layer k's weights, in which it would have given its output."""
+def layer_dtype(late, k: int) -> torch.dtype | None:
+    """That of layer k's weights, in which it gives its output; None: it has no float weights."""
     weights = get_layers(late.backbone, late.family)[k - 1].parameters()
-    return next((p.dtype for p in weights if p.dtype in _FLOATS), batch.hidden.dtype)
+    return next((p.dtype for p in weights if p.dtype in _FLOATS), None)
 
 
 def check_outputs(config, kwargs: dict) -> None:
@@ -92,14 +92,19 @@ def check_outputs(config, kwargs: dict) -> None:
     Raises:
         ValueError: when hidden states or attentions are asked for, by the call or by the config.
     """
-    for name in ("output_hidden_states", "output_attentions"):
-        value = kwargs.get(name, getattr(config, name, None))
-        if value is not None and value is not False:
-            raise ValueError(
-                f"Late Prompt Tuning got {name}={value!r} together with `{CACHED}`, expected "
-                "False: the layers up to the insertion do not run. Set it to False in the call, or "
-                "give the text in place of the cache."
-            )
+    for name, value in outputs_asked(config, kwargs).items():
+        raise ValueError(
+            f"Late Prompt Tuning got {name}={value!r} together with `{CACHED}`, expected "
+            "False: the layers up to the insertion do not run. Set it to False in the call, or "
+            "give the text in place of the cache."
+        )
+
+
+def outputs_asked(config, kwargs: dict) -> dict:
+    """Which outputs of single layers a call of the backbone, or else its config, asks for."""
+    names = ("output_hidden_states", "output_attentions")
+    values = {name: kwargs.get(name, getattr(config, name, None)) for name in names}
+    return {n: value for n, value in values.items() if value is not None and value is not False}
 
 
 def _check_call(late, kwargs: dict) -> None:

@@ -136,13 +136,10 @@ class Collator:
 
     Args:
         tokenizer: says with what and on which side to pad.
-        keep_readout: whether the batch keeps `readout` [B] (shifted by left padding); models do not
-            take it.
     """
 
-    def __init__(self, tokenizer, keep_readout: bool = False):
+    def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.keep_readout = keep_readout
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         names = ("input_ids", "attention_mask", "token_type_ids")
@@ -165,11 +162,6 @@ class Collator:
             batch["labels"] = torch.tensor(labels)
         if "context_lengths" in examples[0]:
             batch["context_lengths"] = torch.tensor([e["context_lengths"] for e in examples])
-        if self.keep_readout and "readout" in examples[0]:
-            shift = [length - len(e["input_ids"]) if left else 0 for e in examples]
-            batch["readout"] = torch.tensor(
-                [e["readout"] + s for e, s in zip(examples, shift, strict=True)]
-            )
         return batch
 
 

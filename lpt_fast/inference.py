@@ -111,24 +111,20 @@ class Classifier:
         """
         examples = self.formulation.encode(self.tokenizer, rows, labels=None)
         out = np.zeros((len(examples), len(self.labels)), dtype=np.float32)
-        collate = Collator(self.tokenizer, keep_readout=True)
+        collate = Collator(self.tokenizer)
         # Texts of like length together: less padding.
         order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
         steps = range(0, len(order), self.batch_size)
         for start in tqdm(steps, desc="Predicting", disable=not progress):
             index = order[start : start + self.batch_size]
             batch = {k: v.to(self.device) for k, v in collate([examples[i] for i in index]).items()}
-            readout = batch.pop("readout", None)
             if not isinstance(self.model, PeftModel):
                 batch.pop("context_lengths", None)
-            if readout is None:
-                logits = self.model(**batch).logits
-            elif self.formulation.method == "lpt":  # makes no other token's logits
+            if self.formulation.cloze:  # with a late prompt always: other methods train a head
                 place = torch.tensor([examples[i]["readout"] for i in index], device=self.device)
                 logits = self.model(**batch, readout=place).logits[:, 0, self._words]
             else:
-                at = torch.arange(len(index), device=self.device)
-                logits = self.model(**batch).logits[at, readout][:, self._words]
+                logits = self.model(**batch).logits
             out[index] = logits.float().softmax(-1).cpu().numpy()
         return out
 

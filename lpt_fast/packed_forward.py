@@ -19,7 +19,7 @@ from transformers.modeling_outputs import (
 from .backbone.lower import run_lower
 from .backbone.packed import run_packed, why_padded
 from .backbone.packed_plan import Plan
-from .cached import dtype_of
+from .cached import layer_dtype, outputs_asked
 from .context import Call, attended
 from .packing import PackedBatch
 from .readout import head_reads, last_column
@@ -224,10 +224,8 @@ def takes_packed(late, call: Call, inputs: dict, kwargs: dict) -> bool:
 def _why_padded_call(late, call: Call, inputs: dict, kwargs: dict) -> str | None:
     """What this call asks for that only the padded way gives."""
     config = late.backbone.config
-    for name in ("output_hidden_states", "output_attentions"):
-        value = kwargs.get(name, getattr(config, name, None))
-        if value is not None and value is not False:
-            return f"{name} is asked for"
+    for name in outputs_asked(config, kwargs):
+        return f"{name} is asked for"
     if late.family.causal and call.cached is None:
         cache = kwargs.get("past_key_values") is not None
         # Nobody reads a KV cache that only the config asks for in training, beside labels, and
@@ -256,7 +254,8 @@ def run_call(late, call: Call, inputs: dict, kwargs: dict):
     k, m = config.insertion_layer, config.num_virtual_tokens
     ids = inputs.get("input_ids")
     if call.cached is not None:
-        rows = Rows.of_batch(call.cached, dtype_of(late, call.cached, k), m)
+        dtype = layer_dtype(late, k) or call.cached.hidden.dtype
+        rows = Rows.of_batch(call.cached, dtype, m)
     else:
         kwargs = {**kwargs, "return_dict": True}
         if late.family.causal:

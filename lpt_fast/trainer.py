@@ -14,11 +14,10 @@ from transformers import Trainer
 from transformers.utils import is_datasets_available
 from transformers.utils.generic import find_labels
 
-from .backbone.families import get_layers
 from .cache import ActivationCache
 from .cache.errors import CacheBusyError
 from .cache.rows import TextRules
-from .cached import CACHED
+from .cached import CACHED, layer_dtype
 from .cached_data import (
     IGNORED,
     TEXT,
@@ -305,9 +304,7 @@ class LPTTrainer(CountedTraining, Trainer):
     def _cached_collator(self, collator, cache: ActivationCache) -> CachedCollator:
         late = self._late_prompt
         config = late.active_config
-        layer = get_layers(late.backbone, late.family)[config.insertion_layer - 1]
-        floats = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-        dtype = next((p.dtype for p in layer.parameters() if p.dtype in floats), None)
+        dtype = layer_dtype(late, config.insertion_layer)
         how = {"room": config.num_virtual_tokens, "dtype": dtype}
         text = TextRules.of(late.backbone, late.family)
         return CachedCollator(collator, cache, self._ahead, text, self._label_rules(), how)

@@ -18,9 +18,9 @@ from peft import get_peft_model
 from tiny import VOCAB, tiny
 from transformers import TrainerCallback, TrainingArguments
 
+from bench.fault_worker import collate
 from lpt_fast import LPTConfig, LPTTrainer
 from lpt_fast.cache import ActivationCache
-from lpt_fast.counted import CountedTraining
 from lpt_fast.cursor import WEIGHT
 
 
@@ -33,18 +33,6 @@ def examples(count: int) -> list[dict]:
         out.append({"input_ids": ids, "labels": int(ids[1] < 50)})
     assert len({tuple(example["input_ids"]) for example in out}) == count
     return out
-
-
-def collate(rows: list[dict]) -> dict:
-    """A padded batch."""
-    ids = [torch.tensor(row["input_ids"]) for row in rows]
-    masks = [torch.ones_like(x) for x in ids]
-    pad = torch.nn.utils.rnn.pad_sequence
-    return {
-        "input_ids": pad(ids, batch_first=True),
-        "attention_mask": pad(masks, batch_first=True),
-        "labels": torch.tensor([row["labels"] for row in rows]),
-    }
 
 
 def fill(root, count: int) -> None:
@@ -81,12 +69,7 @@ class Recording:
         return super().compute_loss(model, inputs, *args, **more)
 
 
-COUNTED = (
-    (LPTTrainer,) if issubclass(LPTTrainer, CountedTraining) else (CountedTraining, LPTTrainer)
-)
-
-
-class CachedTrainer(Recording, *COUNTED):
+class CachedTrainer(Recording, LPTTrainer):
     pass
 
 

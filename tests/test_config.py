@@ -104,3 +104,12 @@ def test_json_round_trip(tmp_path):
     assert back.id2label == {0: "no", 1: "yes", 2: "?"} and back.num_labels == 3
     assert back.peft_type == "LPT" and back.peft_type.value == "LPT"
     assert back.insertion_layer == 3 and back.generator == "mppg"
+
+
+def test_the_command_line_knows_the_same_choices():
+    """It has its own lists, for it starts before PEFT is imported."""
+    from lpt_fast import arguments, config
+    from lpt_fast.cache import shard
+
+    assert arguments.UPPER == config.UPPER
+    assert set(arguments.STORES) == set(shard.STORES)

@@ -6,7 +6,7 @@ text by text. Beyond that, four exact savings:
 1. the first layer above k projects text rows that are constants: queries, keys and values get a
    backward for the prompt rows alone, and so does its attention;
 2. where the head reads one row of each text, the last layer computes that row alone (readout
-   pruning), and without rotary positions needs no keys and values either (packed_attention.py);
+   pruning), and without rotary positions needs no keys and values either (packed_readout.py);
 3. frozen weights get no gradient, so nothing is kept for one;
 4. batches from the cache bring free rows, and prompts are written there: no concatenation.
 
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .families import Family, frozen_above, get_layers
-from .packed_blocks import BLOCKS, Block, LlamaBlock, layer_norm, rms_norm
+from .packed_blocks import BLOCKS, Block, LlamaBlock
+from .packed_ops import layer_norm, rms_norm
 from .packed_plan import Plan
 
 # Rotary angles of these depend on the longest text of a call, padding included.

@@ -48,30 +48,7 @@ class _Regroup(torch.autograd.Function):
         return (grad if ctx.clear is None else ctx.clear(grad)), None, None, None
 
 
-class _Pick(torch.autograd.Function):
-    """Rows of x at padded places, and some of its rows, each once: [places, D] and [B, D]."""
-
-    @staticmethod
-    def forward(ctx, x, rows, plan):
-        ctx.plan = plan
-        ctx.save_for_backward(rows)
-        return x.index_select(0, plan.to_places), x.index_select(0, rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_places, d_rows):
-        d = d_places.index_select(0, ctx.plan.to_rows)
-        return d.index_add_(0, ctx.saved_tensors[0], d_rows), None, None
-
-
-def pick(x: Tensor, rows: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """x [N, D] at padded places (padding repeats the text's own first row), [places, D], and at
-    `rows`, one of each text, [B, D]: one gradient for both.
-    """
-    return _Pick.apply(x, rows, plan)
-
-
-def _to_heads(x: Tensor, plan: Plan, heads: int) -> Tensor:
+def to_heads(x: Tensor, plan: Plan, heads: int) -> Tensor:
     """[N, H d] -> [H places, d]."""
     places = plan.heads(heads)
     return _Regroup.apply(
@@ -107,6 +84,13 @@ def biases(plan: Plan, causal: bool, dtype: torch.dtype) -> list[Tensor | None]:
     return cache[key]
 
 
+def _groups(plan: Plan, heads: int, kv_heads: int, each: list):
+    """The groups with their places of queries, and of keys and values, and one of `each`."""
+    return zip(
+        plan.groups, plan.heads(heads).slices, plan.heads(kv_heads).slices, each, strict=True
+    )
+
+
 class _Products(torch.autograd.Function):
     """softmax(q k^T scale + mask) v by batched products over padded groups, in fp32 at least (that
     costs nothing beside the linear layers, which may be in less).
@@ -133,13 +117,7 @@ class _Products(torch.autograd.Function):
         out = q.new_empty(len(q), dv)
         chances = []
         repeat = heads // kv_heads
-        for group, own, kv, bias in zip(
-            plan.groups,
-            places.slices,
-            kv_places.slices,
-            biases(plan, causal, q.dtype),
-            strict=True,
-        ):
+        for group, own, kv, bias in _groups(plan, heads, kv_heads, biases(plan, causal, q.dtype)):
             n, S = group.texts * kv_heads, group.size
             # Heads that share keys and values are further rows of their queries.
             qg, kg = q[own].view(n, repeat * S, d), k[kv].view(n, S, d)
@@ -175,12 +153,6 @@ def _views(plan, heads, kv_heads, group, own, kv, q, k, v, grad):
         k[kv].view(n, S, -1),
         v[kv].view(n, S, -1),
         grad[own].view(n, repeat * S, -1),
-    )
-
-
-def _groups(plan: Plan, heads: int, kv_heads: int, chances):
-    return zip(
-        plan.groups, plan.heads(heads).slices, plan.heads(kv_heads).slices, chances, strict=True
     )
 
 
@@ -265,15 +237,9 @@ def _by_varlen(q, k, v, plan, heads, kv_heads, scale, causal):
 
 
 def _by_sdpa(q, k, v, plan, heads, kv_heads, scale, causal):
-    q, k, v = (_to_heads(x, plan, n) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
-    places, kv_places, out = plan.heads(heads), plan.heads(kv_heads), []
-    for group, own, kv, bias in zip(
-        plan.groups,
-        places.slices,
-        kv_places.slices,
-        biases(plan, causal, q.dtype),
-        strict=True,
-    ):
+    q, k, v = (to_heads(x, plan, n) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
+    out = []
+    for group, own, kv, bias in _groups(plan, heads, kv_heads, biases(plan, causal, q.dtype)):
         shape = (group.texts, heads, group.size, -1)
         kg, vg = (x[kv].view(group.texts, kv_heads, group.size, -1) for x in (k, v))
         if heads != kv_heads:
@@ -316,104 +282,3 @@ def attend(
     if q.is_cuda and half and q.shape[1] // heads % 8 == 0 and _varlen() is not None:
         return _by_varlen(*arguments)
     return _by_sdpa(*arguments)
-
-
-# -- one query a text ------------------------------------------------------------------------------
-
-
-def _limits(plan: Plan, group: Group, place: Tensor | None, causal: bool) -> Tensor | None:
-    """How many of each text's rows its one query sees, int64 [G]; None: all places."""
-    if not causal:
-        return group.lengths
-    rows = plan.lengths - plan.m if place is None else place + 1
-    return (rows + plan.m)[plan.order[group.numbers]]
-
-
-def _softmax(scores: Tensor, plan: Plan, group: Group, place, causal: bool) -> Tensor:
-    """Over the keys that the query sees; scores [G, ..., S]."""
-    mask = group.mask(_limits(plan, group, place, causal))
-    if mask is not None:
-        mask = mask.view(len(mask), *[1] * (scores.dim() - 2), group.size)
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return torch.softmax(scores, -1)
-
-
-def attend_one(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: Plan,
-    *,
-    heads: int,
-    kv_heads: int,
-    scale: float,
-    causal: bool,
-    place: Tensor | None,
-) -> Tensor:
-    """Attention of one row of each text.
-
-    Args:
-        q: [B, H d].
-        k, v: [N, Hk d].
-        place: int64 [B], which token of its text each query is (it counts where `causal`).
-        plan, heads, kv_heads, scale, causal: as for `attend`.
-
-    Returns:
-        [B, H d].
-    """
-    repeat, slices = heads // kv_heads, plan.heads(kv_heads).slices
-    k, v = _to_heads(k, plan, kv_heads), _to_heads(v, plan, kv_heads)
-    q = (q * scale).index_select(0, plan.order).view(plan.texts, kv_heads, repeat, -1)
-    out = []
-    for group, kv in zip(plan.groups, slices, strict=True):
-        n = group.texts * kv_heads
-        kg, vg = (x[kv].view(n, group.size, -1) for x in (k, v))
-        scores = torch.bmm(q[group.numbers].flatten(0, 1), kg.transpose(1, 2))
-        scores = scores.view(group.texts, kv_heads, repeat, group.size)
-        p = _softmax(scores, plan, group, place, causal).to(vg.dtype)
-        out.append(torch.bmm(p.flatten(0, 1), vg).view(group.texts, -1))
-    return torch.cat(out).index_select(0, plan.inverse_order)
-
-
-def attend_one_absorbed(
-    q: Tensor,
-    x_places: Tensor,
-    w_k: Tensor,
-    w_v: Tensor,
-    b_v: Tensor | None,
-    plan: Plan,
-    *,
-    heads: int,
-    scale: float,
-    causal: bool,
-    place: Tensor | None,
-) -> Tensor:
-    """Attention of one row of each text, without keys and values.
-
-    A score is q (W_k x + b_k): with one query a text it is cheaper to take W_k^T q once than W_k x
-    for every row, and b_k adds the same to all scores of a query, which softmax does not see. The
-    values likewise: sum_j p_j (W_v x_j + b_v) = W_v (sum_j p_j x_j) + b_v. What is left for the N
-    rows is 4 H D operations in place of 4 D^2. Without rotary positions this is exact.
-
-    Args:
-        q: [B, H d].
-        x_places: [places, D], what keys and values would be made of, at padded places (`pick`).
-        w_k, w_v: [H d, D]; b_v: [H d] or None.
-        plan, heads, scale, causal, place: as for `attend_one`.
-
-    Returns:
-        [B, H d].
-    """
-    D = x_places.shape[1]
-    q = (q * scale).index_select(0, plan.order).view(plan.texts, heads, -1)
-    u = torch.bmm(q.transpose(0, 1), w_k.view(heads, -1, D)).transpose(0, 1)  # [B, H, D]
-    out = []
-    for group in plan.groups:
-        rows = x_places[group.first : group.first + group.places].view(group.texts, group.size, D)
-        scores = torch.bmm(u[group.numbers], rows.transpose(1, 2))  # [G, H, S]
-        p = _softmax(scores, plan, group, place, causal).to(rows.dtype)
-        out.append(torch.bmm(p, rows))
-    pooled = torch.cat(out).index_select(0, plan.inverse_order)  # [B, H, D]
-    values = torch.bmm(pooled.transpose(0, 1), w_v.view(heads, -1, D).transpose(1, 2))
-    values = values.transpose(0, 1).reshape(plan.texts, -1)
-    return values if b_v is None else values + b_v

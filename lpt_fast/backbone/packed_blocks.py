@@ -7,106 +7,25 @@ knows how its layer projects rows to queries, keys and values, and what comes af
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ..insertion_checks import choose_impl
-from .packed_attention import attend, attend_one, attend_one_absorbed, autocast_dtype, pick
+from .packed_attention import attend
+from .packed_ops import (
+    FromPrompts,
+    activation,
+    add,
+    backward_of,
+    conv1d,
+    gated,
+    layer_norm,
+    rms_norm,
+)
 from .packed_plan import Plan
-
-# -- operations with frozen weights ----------------------------------------------------------------
-
-
-def _fused(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the Triton kernels for frozen weights (lpt_kernels.frozen) take it."""
-    return choose_impl("auto", x) == "triton" and all(
-        t is None or t.dtype == x.dtype for t in others
-    )
-
-
-def _add(fresh: Tensor, other: Tensor) -> Tensor:
-    """Their sum; in the memory of `fresh`, which nobody else holds, where the dtype allows."""
-    return fresh.add_(other) if fresh.dtype == other.dtype else fresh + other
-
-
-def layer_norm(norm: nn.LayerNorm, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """LayerNorm of x + residual; x is fresh where there is a residual."""
-    if _fused(x, residual):
-        from lpt_kernels.frozen import layer_norm as fused
-
-        return fused(x, norm.weight, norm.bias, residual=residual, eps=norm.eps)
-    if residual is not None:
-        x = _add(x, residual)
-    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-
-
-def activation(name_or_module, x: Tensor) -> Tensor:
-    name = _ACTIVATIONS.get(type(name_or_module).__name__)
-    if name is not None and _fused(x):
-        from lpt_kernels.frozen import activate
-
-        return activate(x, activation=name)
-    return name_or_module(x)
-
-
-# Names of transformers' activation modules -> of the kernels.
-_ACTIVATIONS = {
-    "GELUActivation": "gelu",
-    "NewGELUActivation": "gelu_tanh",
-    "GELUTanh": "gelu_tanh",
-    "SiLUActivation": "silu",
-    "SiLU": "silu",
-}
-
-
-def conv1d(module: Conv1D, x: Tensor) -> Tensor:
-    return torch.addmm(module.bias, x, module.weight)
-
-
-# -- the first layer: only prompt rows have a gradient ---------------------------------------------
-
-
-class _FromPrompts(torch.autograd.Function):
-    """x -> (x, *project(x)) where the text rows of x are constants.
-
-    Backward takes the gradients at the prompt rows and leaves the others: nothing below reads them.
-    """
-
-    @staticmethod
-    def forward(ctx, x, project, project_backward, plan):
-        ctx.project_backward, ctx.plan = project_backward, plan
-        ctx.autocast = autocast_dtype(x)
-        # Not x itself: it may be a buffer that the next forward fills again.
-        ctx.save_for_backward(x.index_select(0, plan.prompt_rows))
-        return x.view_as(x), *project(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dx, *grads):
-        rows = ctx.plan.prompt_rows
-        grads = [g.index_select(0, rows) for g in grads]
-        # (Backward runs outside of the autocast of the forward.)
-        again = ctx.autocast is not None
-        with torch.autocast(dx.device.type, ctx.autocast) if again else nullcontext():
-            d = ctx.project_backward(ctx.saved_tensors[0], rows, grads)
-        d = d.to(dx.dtype) + dx.index_select(0, rows)
-        return torch.zeros_like(dx).index_copy_(0, rows, d), None, None, None
-
-
-def _backward_of(project: Callable, x: Tensor, grads: list[Tensor]) -> Tensor:
-    """Gradient of x [n, D] for a few rows, by running them again."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        outputs = project(x)
-    return torch.autograd.grad(outputs, x, grads)[0]
-
-
-# -- blocks ----------------------------------------------------------------------------------------
+from .packed_readout import attend_one, attend_one_absorbed, pick
 
 
 class Block:
@@ -137,7 +56,7 @@ class Block:
             rows: int64 [n], which.
             grads: of q, k and v there.
         """
-        return _backward_of(lambda x: self.project(x, self._rotary(rows)), x, grads)
+        return backward_of(lambda x: self.project(x, self._rotary(rows)), x, grads)
 
     def _rotary(self, rows: Tensor):
         return None if self.rotary is None else tuple(t[rows] for t in self.rotary)
@@ -161,7 +80,7 @@ class Block:
             first: only the prompt rows of x have a gradient.
         """
         if first:
-            x, q, k, v = _FromPrompts.apply(
+            x, q, k, v = FromPrompts.apply(
                 x, lambda x: self.project(x, self.rotary), self.project_backward, plan
             )
         else:
@@ -272,17 +191,17 @@ class GPT2Block(Block):
         return (layer_norm(self.norm, x),)
 
     def _normed_backward(self, x, rows, grads):
-        return _backward_of(self._normed, x, grads)
+        return backward_of(self._normed, x, grads)
 
     def finish(self, x, attended):
-        x = _add(conv1d(self.output, attended), x)
+        x = add(conv1d(self.output, attended), x)
         h = activation(self.act, conv1d(self.up, layer_norm(self.last_norm, x)))
-        return _add(conv1d(self.down, h), x)
+        return add(conv1d(self.down, h), x)
 
     def read(self, x, rows, place, plan, first):
         picked = x.index_select(0, rows)
         if first:
-            _, x = _FromPrompts.apply(x, self._normed, self._normed_backward, plan)
+            _, x = FromPrompts.apply(x, self._normed, self._normed_backward, plan)
         else:
             x = layer_norm(self.norm, x)
         x_places, x = pick(x, rows, plan)
@@ -353,28 +272,22 @@ class LlamaBlock(Block):
         return self._keys_of_normed(rms_norm(self.norm, x), rotary)
 
     def _keys_backward(self, x, rows, grads):
-        return _backward_of(lambda x: self._keys(x, self._rotary(rows)), x, grads)
+        return backward_of(lambda x: self._keys(x, self._rotary(rows)), x, grads)
 
     def finish(self, x, attended):
-        x = _add(F.linear(attended, self.output.weight, self.output.bias), x)
+        x = add(F.linear(attended, self.output.weight, self.output.bias), x)
         h = rms_norm(self.last_norm, x)
         gate = F.linear(h, self.gate.weight, self.gate.bias)
         up = F.linear(h, self.up.weight, self.up.bias)
-        name = _ACTIVATIONS.get(type(self.act).__name__)
-        if name is not None and _fused(gate, up):
-            from lpt_kernels.frozen import gated
-
-            h = gated(gate, up, activation=name)
-        else:
-            h = self.act(gate) * up
-        return _add(F.linear(h, self.down.weight, self.down.bias), x)
+        h = gated(self.act, gate, up)
+        return add(F.linear(h, self.down.weight, self.down.bias), x)
 
     def read(self, x, rows, place, plan, first):
         picked = x.index_select(0, rows)
         q = F.linear(rms_norm(self.norm, picked), self.q.weight, self.q.bias)
         q = self._rotated(q, self.q_norm, self._rotary(rows))
         if first:
-            _, k, v = _FromPrompts.apply(
+            _, k, v = FromPrompts.apply(
                 x, lambda x: self._keys(x, self.rotary), self._keys_backward, plan
             )
         else:
@@ -390,14 +303,6 @@ class LlamaBlock(Block):
             causal=True,
             place=place,
         )
-
-
-def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    if _fused(x):
-        from lpt_kernels.frozen import rms_norm as fused
-
-        return fused(x, norm.weight, eps=norm.variance_epsilon)
-    return norm(x)
 
 
 # By class of the backbone: the block of its layers.

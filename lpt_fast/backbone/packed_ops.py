@@ -1,0 +1,119 @@
+"""Operations with frozen weights for the packed blocks: Triton kernels (lpt_kernels.frozen) where
+they run, else PyTorch's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from ..insertion_checks import choose_impl
+from .packed_attention import autocast_dtype
+
+
+def fused(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the Triton kernels for frozen weights (lpt_kernels.frozen) take it."""
+    return choose_impl("auto", x) == "triton" and all(
+        t is None or t.dtype == x.dtype for t in others
+    )
+
+
+def add(fresh: Tensor, other: Tensor) -> Tensor:
+    """Their sum; in the memory of `fresh`, which nobody else holds, where the dtype allows."""
+    return fresh.add_(other) if fresh.dtype == other.dtype else fresh + other
+
+
+def layer_norm(norm: nn.LayerNorm, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """LayerNorm of x + residual; x is fresh where there is a residual."""
+    if fused(x, residual):
+        from lpt_kernels.frozen import layer_norm as kernel
+
+        return kernel(x, norm.weight, norm.bias, residual=residual, eps=norm.eps)
+    if residual is not None:
+        x = add(x, residual)
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def activation(act: nn.Module, x: Tensor) -> Tensor:
+    name = _ACTIVATIONS.get(type(act).__name__)
+    if name is not None and fused(x):
+        from lpt_kernels.frozen import activate
+
+        return activate(x, activation=name)
+    return act(x)
+
+
+def gated(act: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    """act(gate) up."""
+    name = _ACTIVATIONS.get(type(act).__name__)
+    if name is not None and fused(gate, up):
+        from lpt_kernels.frozen import gated as kernel
+
+        return kernel(gate, up, activation=name)
+    return act(gate) * up
+
+
+# Names of transformers' activation modules -> of the kernels.
+_ACTIVATIONS = {
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "SiLUActivation": "silu",
+    "SiLU": "silu",
+}
+
+
+def conv1d(module: Conv1D, x: Tensor) -> Tensor:
+    return torch.addmm(module.bias, x, module.weight)
+
+
+def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    if fused(x):
+        from lpt_kernels.frozen import rms_norm as kernel
+
+        return kernel(x, norm.weight, eps=norm.variance_epsilon)
+    return norm(x)
+
+
+# -- the first layer: only prompt rows have a gradient ---------------------------------------------
+
+
+class FromPrompts(torch.autograd.Function):
+    """x -> (x, *project(x)) where the text rows of x are constants.
+
+    Backward takes the gradients at the prompt rows and leaves the others: nothing below reads them.
+    """
+
+    @staticmethod
+    def forward(ctx, x, project, project_backward, plan):
+        ctx.project_backward, ctx.plan = project_backward, plan
+        ctx.autocast = autocast_dtype(x)
+        # Not x itself: it may be a buffer that the next forward fills again.
+        ctx.save_for_backward(x.index_select(0, plan.prompt_rows))
+        return x.view_as(x), *project(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx, *grads):
+        rows = ctx.plan.prompt_rows
+        grads = [g.index_select(0, rows) for g in grads]
+        # (Backward runs outside of the autocast of the forward.)
+        again = ctx.autocast is not None
+        with torch.autocast(dx.device.type, ctx.autocast) if again else nullcontext():
+            d = ctx.project_backward(ctx.saved_tensors[0], rows, grads)
+        d = d.to(dx.dtype) + dx.index_select(0, rows)
+        return torch.zeros_like(dx).index_copy_(0, rows, d), None, None, None
+
+
+def backward_of(project: Callable, x: Tensor, grads: list[Tensor]) -> Tensor:
+    """Gradient of x [n, D] for a few rows, by running them again."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        outputs = project(x)
+    return torch.autograd.grad(outputs, x, grads)[0]
