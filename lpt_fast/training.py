@@ -38,6 +38,7 @@ from .data import (
     text_columns_of,
     texts_of,
 )
+from .disk_room import saving_to
 from .tasks import (
     TaskSpec,
     classification_metrics,
@@ -328,7 +329,8 @@ def train(args: TrainArguments) -> dict:
         **more,
     )
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=_checkpoint(args))
+    with saving_to(args.output_dir):
+        trainer.train(resume_from_checkpoint=_checkpoint(args))
     seconds = time.perf_counter() - start
     results = {
         "method": args.method,
@@ -356,11 +358,12 @@ def train(args: TrainArguments) -> dict:
             "tier": cache.plan.tier,
         }
     _clear_other_kind(Path(args.output_dir), args.method)
-    trainer.save_model(args.output_dir)
-    tokenizer.save_pretrained(args.output_dir)
-    folder = Path(args.output_dir)
-    (folder / RUN_FILE).write_text(json.dumps(formulation.to_json(), indent=2), encoding="utf-8")
-    (folder / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    with saving_to(args.output_dir):
+        trainer.save_model(args.output_dir)
+        tokenizer.save_pretrained(args.output_dir)
+        folder = Path(args.output_dir)
+        for name, content in ((RUN_FILE, formulation.to_json()), ("results.json", results)):
+            (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
     return results
 
 

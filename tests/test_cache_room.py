@@ -4,11 +4,7 @@ lost, and with room the build goes on where it was. Needs the right to mount; sk
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from cache_cases import (
@@ -26,34 +22,13 @@ from cache_cases import (
     texts,
     undisturbed,
 )
+from small_disk import mounted, stuff
 
 from lpt_fast.cache import ActivationCache, CacheError
 from lpt_fast.cache.folder import INDEX, Folder
 from lpt_fast.cache.verify import export, gc
 
 # -- no room ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def mounted(path: Path, size: int):
-    """A small disk at `path`."""
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("cannot mount a disk here")
-    try:
-        yield path
-    finally:
-        subprocess.run(["mount", "-o", "remount,rw", str(path)], capture_output=True)
-        subprocess.run(["umount", "-l", str(path)], check=True)
-
-
-def stuff(path: Path, leave: int = 0) -> Path:
-    """Fills the disk with a file, all but `leave` bytes."""
-    ballast = path / "ballast"
-    with open(ballast, "wb") as f:
-        os.posix_fallocate(f.fileno(), 0, max(1, shutil.disk_usage(path).free - leave))
-    return ballast
 
 
 def test_too_small_a_disk_is_said_before_anything_is_computed(tmp_path):
