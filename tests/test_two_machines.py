@@ -13,16 +13,17 @@ from pathlib import Path
 import ddp_script
 import numpy as np
 import pytest
-from cache_cases import Child, built, folder_of, rows_of, say, texts
+import torch.distributed as dist
+from cache_cases import Child, built, folder_of, hear, rows_of, say, texts
 from cli_cases import ROWS, invoke, write_tsv
 from ddp_script import fill, train
 from test_cache_ranks import as_rank
 from test_ddp_training import assert_close, free_port
 
-from bench.two_machines import NoMachines, descendants, end, two_machines, until
+from bench.two_machines import NoMachines, descendants, end, enter, two_machines, until
 from lpt_fast.cache import ActivationCache, CacheError
 from lpt_fast.cache.folder import Folder
-from lpt_fast.cache.ranks import deadline_seconds
+from lpt_fast.cache.ranks import Ranks, deadline_seconds
 from lpt_fast.cache.verify import verify
 from lpt_fast.cursor import last_checkpoint
 
@@ -141,6 +142,39 @@ def test_training(tmp_path, machines):
         end(pair)
     told = json.loads((tmp_path / "run" / "rank0.json").read_text())
     assert_close(told, train(**{**settings, "batch": 8, "out": str(tmp_path / "one")}))
+
+
+def answer_late(machine, address, seconds) -> None:
+    """On one of two machines: process 0 takes its time, process 1 waits for it."""
+    enter(machine)
+    os.environ.update(MASTER_ADDR=address, LPT_DEADLINE=seconds)
+    ranks = Ranks.of_environment()
+    if ranks.rank == 0:
+        store = next(dist.rendezvous("env://"))  # which it keeps for both
+        say("waited for")
+        hear()
+        del store
+        return
+    try:
+        ranks.agree(dict)
+    except CacheError as error:
+        say(str(error))
+
+
+def test_a_cable_that_is_cut_while_a_process_waits_for_an_answer(machines):
+    """(The store's own deadline does not end that wait.)"""
+    port, words = free_port(), "Process 1 of 2 could not agree with process 0 on what to compute"
+    both = [
+        Child(as_rank, i, 2, port, answer_late, name, machines.addresses[0], "2")
+        for i, name in enumerate(machines.names)
+    ]
+    assert both[0].wait() == "waited for"
+    machines.cut()
+    told = both[1].wait(20)
+    assert told.startswith(words) and "the network does not answer; see whether" in told
+    assert both[1].end() == 0
+    both[0].go()
+    assert both[0].end() == 0
 
 
 # -- without a second machine ----------------------------------------------------------------------

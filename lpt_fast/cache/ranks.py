@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
 from typing import Any
 
 from .errors import CacheError
@@ -80,29 +82,45 @@ class Ranks:
                 message = json.dumps({"value": make()}).encode()
             except (CacheError, OSError) as error:
                 message = json.dumps({"error": str(error)}).encode()
-                with suppress(CacheError), self._in_time():
-                    self._share(message)  # the error itself counts for more
+                with suppress(CacheError):
+                    self._share_in_time(message)  # the error itself counts for more
                 raise
-        with self._in_time():
-            message = self._share(message)
+        message = self._share_in_time(message)
         content = json.loads(message)
         if "error" in content:
             raise CacheError(content["error"])
         return content["value"]
 
-    @contextmanager
-    def _in_time(self) -> Iterator[None]:
-        """What torch says of processes that do not answer, in one sentence."""
+    def _share_in_time(self, message: bytes) -> bytes:
+        """`_share`, which on a thread of its own can be left alone: a client of torch's store waits
+        for ever, whatever its timeout, for a host that a cut network no longer reaches.
+        """
+        answer: Queue = Queue()
+
+        def share():
+            try:
+                answer.put(self._share(message))
+            except BaseException as error:
+                answer.put(error)
+
+        patience = deadline_seconds()
+        Thread(target=share, name="lpt-fast agreement", daemon=True).start()
         try:
-            yield
-        except RuntimeError as error:
-            others = "process 0" if self.rank else "the other processes"
-            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise CacheError(
-                f"Process {self.rank} of {self.world} could not agree with {others} on what to "
-                f"compute, expected an answer within {deadline_seconds():.0f} s ({VARIABLE}): "
-                f"{reason}; see whether they run and the network holds, then start again."
-            ) from error
+            # (The store has two deadlines, to find its host and to get an answer.)
+            got = answer.get(timeout=2 * patience + 1)
+        except Empty:
+            got = RuntimeError("the network does not answer")
+        if isinstance(got, bytes):
+            return got
+        if not isinstance(got, RuntimeError):
+            raise got
+        others = "process 0" if self.rank else "the other processes"
+        reason = (str(got).splitlines() or [type(got).__name__])[0].rstrip(".")
+        raise CacheError(
+            f"Process {self.rank} of {self.world} could not agree with {others} on what to "
+            f"compute, expected an answer within {patience:.0f} s ({VARIABLE}): "
+            f"{reason}; see whether they run and the network holds, then start again."
+        ) from got
 
     def _share(self, message: bytes) -> bytes:
         """Rank 0's bytes, on every rank."""
