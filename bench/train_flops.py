@@ -12,7 +12,15 @@ import torch
 
 
 def necessary_flops(
-    lengths: np.ndarray, *, m: int, width: int, heads: int, layers: int, k: int, cached: bool
+    lengths: np.ndarray,
+    *,
+    m: int,
+    width: int,
+    heads: int,
+    layers: int,
+    k: int,
+    cached: bool,
+    held: bool = False,
 ) -> float:
     """Operations (a multiplication and an addition are two) of one step's forward and backward.
 
@@ -29,7 +37,8 @@ def necessary_flops(
       backward;
     - in the first layer above k, whose text rows are constants, the backward of queries, keys,
       values and scores for all but the m prompt rows;
-    - with a cache, the layers 1..k: else 24 D^2 + 4 n D for each of a text's n tokens, forward.
+    - with a cache, the layers 1..k: else 24 D^2 + 4 n D for each of a text's n tokens, forward;
+    - where projections are held, 6 D^2 for each of those tokens, forward.
 
     Generator and head are left out; they are well below a hundredth.
 
@@ -39,6 +48,7 @@ def necessary_flops(
         width, heads, layers: D, H, L.
         k: insertion layer.
         cached: whether the layers 1..k do not run.
+        held: whether projections are held (lpt_fast/projections.py).
     """
     D, H = width, heads
     n = lengths.astype(np.float64)
@@ -52,6 +62,8 @@ def necessary_flops(
     if upper == 1:
         # First and last: the row that is read is a constant before attention.
         return total + float(20 * D**2 * texts + 4 * H * D * m * texts)
+    if held:
+        total -= float((n * 6 * D**2).sum())
     first = float((rows * 18 * D**2).sum() + (m * (6 * D**2 + 4 * rows * D)).sum())
     return total + first + (upper - 2) * full + read  # backward
 

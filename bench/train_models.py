@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -27,6 +28,8 @@ from transformers import (
 from lpt_fast import LPTConfig
 from lpt_fast.backbone.families import find_backbone, head_modules
 from lpt_fast.cache import ActivationCache
+from lpt_fast.projections import Projections
+from lpt_fast.trainer import find_late_prompt
 from lpt_fast.training import LEARNING_RATES, PROMPT_TUNING_TOKENS
 
 from .train_data import Texts
@@ -47,17 +50,21 @@ LATE = {
     "uncached": ("packed", False),
     "cached": ("padded", True),
     "cached_packed": ("packed", True),
+    "cached_held": ("packed", True),
 }
-OURS = ("uncached", "cached", "cached_packed")
+OURS = ("uncached", "cached", "cached_packed", "cached_held")
+HELD = "cached_held"  # the same with projections held in memory (lpt_fast/projections.py)
 OTHERS = ("prompt_tuning", "lora", "lora_bf16", "full", "head")
 # With --dtype bf16 everything runs under bf16 autocast. These hold their frozen weights in bf16
 # besides (what trains is fp32), as one may whose weights are frozen.
 HALF = {"recipe_bf16", "lora_bf16", "head", *OURS}
 
 
-def contestants_of(dtype: str) -> list[tuple[str, bool]]:
+def contestants_of(dtype: str, device: str) -> list[tuple[str, bool]]:
     """Names, and whether there is one for each k."""
     names = [n for n in (*LATE, *OTHERS) if dtype == "bf16" or not n.endswith("_bf16")]
+    if device == "cuda":
+        names.remove(HELD)  # which is for CPUs
     return [(name, name in LATE) for name in names]
 
 
@@ -77,6 +84,7 @@ class Contestant:
         inputs: numbers of texts -> keyword arguments of the model.
         device: where it is.
         autocast: dtype of autocast, or None.
+        rows: what is computed already, or None.
         seconds: of its timed steps.
     """
 
@@ -86,6 +94,7 @@ class Contestant:
     inputs: Callable[[np.ndarray], dict]
     device: torch.device
     autocast: torch.dtype | None = None
+    rows: Rows | None = None
     seconds: list[float] = field(default_factory=list)
 
     @property
@@ -306,8 +315,12 @@ class Zoo:
         for parameter in model.parameters():
             if parameter.requires_grad and half:
                 parameter.data = parameter.data.float()
+        model.train()
+        if name == HELD:
+            with torch.autocast(self.device, autocast, enabled=autocast is not None):
+                rows = rows.hold(model)
         inputs = inputs_of(name, texts, rows, self.place)
-        return Contestant(name, k, model.train(), inputs, self.place, autocast)
+        return Contestant(name, k, model, inputs, self.place, autocast, rows)
 
 
 # -- what is computed already ----------------------------------------------------------------------
@@ -323,6 +336,7 @@ class Rows:
         dtype: in which they are read; None: as they are stored.
         room: free rows before each text.
         features: [rows, D], first tokens after the last layer, or None.
+        held: projections of all rows, or None; held_seconds: that they took.
     """
 
     of_text: np.ndarray
@@ -330,6 +344,23 @@ class Rows:
     dtype: torch.dtype | None = None
     room: int = 5
     features: Tensor | None = None
+    held: Projections | None = None
+    held_seconds: float = 0.0
+
+    @property
+    def computed(self) -> np.ndarray:
+        """Numbers of the texts that have a row."""
+        return np.flatnonzero(self.of_text >= 0)
+
+    def keys(self, chosen: np.ndarray) -> np.ndarray:
+        """Of texts, in the cache."""
+        return self.cache.table.key[self.of_text[chosen]]
+
+    def hold(self, model: nn.Module) -> Rows:
+        """These rows with their projections by a model."""
+        start = time.perf_counter()
+        held = Projections(find_late_prompt(model), self.cache, self.keys(self.computed))
+        return replace(self, held=held, held_seconds=time.perf_counter() - start)
 
     @classmethod
     def numbered(cls, texts: Texts, chosen: np.ndarray, numbers: np.ndarray, **more) -> Rows:
@@ -349,6 +380,8 @@ def inputs_of(name: str, texts: Texts, rows: Rows | None, device: torch.device) 
 
     def cached(chosen):
         batch = rows.cache.read(rows.of_text[chosen], room=rows.room, dtype=rows.dtype)
+        if rows.held is not None:
+            batch = replace(batch, held=rows.held.of(rows.keys(chosen)))
         return {"cached_hidden": batch, "labels": labels(chosen)}
 
     def features(chosen):

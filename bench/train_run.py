@@ -21,10 +21,11 @@ from .train_data import drawn_texts, padding_ratio, plan_batches, real_texts
 from .train_flops import matmul_rate, necessary_flops
 from .train_gate import check_late, check_others
 from .train_memory import LOAD, LOAD_HALF, peak_bytes, write_job
-from .train_models import HALF, LATE, OURS, Contestant, Zoo, contestants_of
+from .train_models import HALF, HELD, LATE, OURS, Contestant, Zoo, contestants_of
 from .train_rows import Filled, fill_cache, fill_features
 from .train_settings import Settings
 
+TIMED = ("cached_packed", HELD)  # what there are targets for
 MEMORY_STEPS = 3
 GATE_TEXTS = {"cpu": 32, "cuda": 256}  # at the most
 MIB = 2**20
@@ -179,7 +180,7 @@ class Bench:
     def _who(self) -> list[tuple[str, int | None]]:
         """Names and insertion layers in the order of a round."""
         only = self.settings.contestants
-        names = contestants_of(self.settings.dtype)
+        names = contestants_of(self.settings.dtype, self.settings.device)
         names = [(n, each) for n, each in names if only is None or n in only]
         late = [(n, k) for k in self.settings.layers for n, each in names if each]
         return late + [(n, None) for n, each in names if not each]
@@ -266,6 +267,11 @@ class Bench:
                 "tokens_a_second": statistics.median(rates),
                 "trainable": c.trainable,
             }
+            if c.rows is not None and c.rows.held is not None:
+                # Of the rows of the cache; all texts have so many times their tokens.
+                times = float(lengths.sum() / lengths[c.rows.computed].sum())
+                details["held_MiB"] = c.rows.held.bytes * times / MIB
+                details["held_s"] = c.rows.held_seconds * times
             if (c.name, c.k) in peaks:
                 details["peak_MiB"] = peaks[c.name, c.k] / MIB
             yield Figure("step", c.label, 1e3 * spread["p50"], "ms", details=details)
@@ -282,7 +288,7 @@ class Bench:
                         continue
                     rounds = [a / b for a, b in zip(them.seconds, own.seconds, strict=True)]
                     target = None
-                    if name == "cached_packed" and s.model is None and not s.quick:
+                    if name in TIMED and s.model is None and not s.quick:
                         target = target_of(s.encoder, k, s.device, s.dtype, other)
                     yield Figure(
                         "ratio",
@@ -330,6 +336,7 @@ class Bench:
                     layers=config.num_hidden_layers,
                     k=c.k,
                     cached=LATE[c.name][1],
+                    held=c.name == HELD,
                 )
                 for rows in timed
             ]

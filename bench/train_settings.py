@@ -44,7 +44,7 @@ class Settings:
         ):
             if value not in allowed:
                 raise ValueError(f"`--{name}` must be one of {', '.join(allowed)}, got {value!r}.")
-        known = [name for name, _ in contestants_of(self.dtype)]
+        known = [name for name, _ in contestants_of(self.dtype, self.device)]
         for name in self.contestants or ():
             if name not in known:
                 raise ValueError(

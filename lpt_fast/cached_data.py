@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from .cache import ActivationCache
 from .cache.rows import TextRules
 from .cached import CACHED
 from .packing import PackedBatch
+from .projections import HeldRows, Projections
 from .readout import READOUT
 
 # What a model takes of a text, and what a batch of a cache stands in for.
@@ -78,7 +79,10 @@ class PendingBatch:
 
     Attributes:
         lengths: int64 [B], tokens of each text.
+        held: their projections, or None.
     """
+
+    held: HeldRows | None = None
 
     def __init__(self, future: Future, lengths: np.ndarray):
         self._future, self.lengths = future, lengths
@@ -100,7 +104,7 @@ class PendingBatch:
     def result(self) -> PackedBatch:
         """The batch; waits for it. What went wrong on the other thread is raised here."""
         if self._batch is None:
-            batch = self._future.result()()
+            batch = replace(self._future.result()(), held=self.held)
             if self._device is not None:
                 batch = batch.to(self._device, non_blocking=True)
             self._batch = batch
@@ -199,6 +203,7 @@ class CachedCollator:
         text: rules of the model's texts.
         labels: how the labels lie.
         how: `room` and `dtype`, as for `ActivationCache.read`.
+        projections: of the texts, or None.
     """
 
     def __init__(
@@ -209,14 +214,17 @@ class CachedCollator:
         text: TextRules,
         labels: LabelRules,
         how: dict,
+        projections: Projections | None = None,
     ):
         self.collator, self.cache, self.ahead = collator, cache, ahead
         self.text, self.labels, self.how = text, labels, how
+        self.projections = projections
         self._own: ActivationCache | None = None
 
     def __getstate__(self) -> dict:
-        # To worker processes that are not forks of this one; they do not read ahead.
-        return {**self.__dict__, "ahead": None, "_own": None}
+        # To worker processes that are not forks of this one; they do not read ahead, and what is
+        # held stays here.
+        return {**self.__dict__, "ahead": None, "_own": None, "projections": None}
 
     def __call__(self, items: list) -> dict:
         """`cached_hidden` and what the user's collator gives beside the text.
@@ -254,8 +262,13 @@ class CachedCollator:
                 out[READOUT] = place
         if ahead is None:
             out[CACHED] = cache.read(rows, **self.how)
+            return out
+        out[CACHED] = batch = ahead.read(cache, rows, **self.how)
+        held = None if self.projections is None else self.projections.of(keys)
+        if isinstance(batch, PendingBatch):
+            batch.held = held
         else:
-            out[CACHED] = ahead.read(cache, rows, **self.how)
+            out[CACHED] = replace(batch, held=held)
         return out
 
     def _check_text(self, batch: Mapping, mask: Tensor, cache, rows: np.ndarray) -> None:

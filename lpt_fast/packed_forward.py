@@ -22,6 +22,7 @@ from .backbone.packed_plan import Plan
 from .cached import layer_dtype, outputs_asked
 from .context import Call, attended
 from .packing import PackedBatch
+from .projections import HeldRows
 from .readout import head_reads, last_column
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Rows:
         shape: (B, S) of the padded form.
         tokens: bool [B, S], or None: all.
         positions: int64 [B, S] or [1, S], or None: the columns.
+        held: projections of the text rows (projections.HeldRows), or None.
     """
 
     buffer: Tensor
@@ -48,6 +50,7 @@ class Rows:
     shape: tuple[int, int]
     tokens: Tensor | None
     positions: Tensor | None
+    held: HeldRows | None = None
 
     @classmethod
     def of_text(cls, hidden: Tensor, tokens: Tensor | None, positions, m: int) -> Rows:
@@ -81,7 +84,8 @@ class Rows:
         text, place = batch._places()
         positions = None if batch.position_ids is None else batch.pad(batch.position_ids)
         tokens = batch.mask()
-        return cls(buffer, plan, batch.cu_seqlens, text * S + place, (B, S), tokens, positions)
+        flat = text * S + place
+        return cls(buffer, plan, batch.cu_seqlens, flat, (B, S), tokens, positions, batch.held)
 
     def padded(self, rows: Tensor) -> Tensor:
         """Text rows of [N, D] in their padded places, [B, S, D]; zeros elsewhere."""
@@ -160,6 +164,8 @@ def forward_packed(late, call: Call, rows: Rows, ids: Tensor | None):
     if late.graphs is not None:
         out = late.graphs.run(rows, context, positions, reads is not None, place)
     if out is None:
+        held = rows.held
+        fits = held is not None and held.fits(rows.buffer, plan.m)
         out = run_packed(
             backbone,
             family,
@@ -169,6 +175,7 @@ def forward_packed(late, call: Call, rows: Rows, ids: Tensor | None):
             positions=positions,
             readout=reads is not None,
             place=place,
+            held=held.take(plan) if fits else None,
         )
     if reads is None:
         last = rows.padded(out)

@@ -29,6 +29,8 @@ class PackedBatch:
         identity: of the cache that it comes from (lpt_fast.cache.identity), or None: not from a
             cache, and not checked.
         store, compute_dtype: of that cache: how rows are kept and what they were computed in.
+        held: what the layer above makes of the text rows, where that is known
+            (lpt_fast.projections.HeldRows), or None.
     """
 
     hidden: Tensor
@@ -42,6 +44,7 @@ class PackedBatch:
     identity: str | None = None
     store: str | None = None
     compute_dtype: str | None = None
+    held: object | None = None
 
     def __post_init__(self):
         rows = self.hidden.shape[0] if self.hidden.dim() == 2 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers.utils.generic import find_labels
 
 from .cache import ActivationCache
 from .cache.errors import CacheBusyError
+from .cache.planner import amount, held_limit
 from .cache.rows import TextRules
 from .cached import CACHED, layer_dtype
 from .cached_data import (
@@ -34,6 +36,7 @@ from .counted import CountedTraining
 from .graphs import UpperGraphs
 from .late_prompt import LatePrompt
 from .packing import PackedBatch
+from .projections import Projections
 from .readout import READOUT
 
 logger = logging.getLogger(__name__)
@@ -64,6 +67,9 @@ class LPTTrainer(CountedTraining, Trainer):
         upper: how layers k+1..L run, "auto", "packed" or "padded"; None: as the adapter says.
         cuda_graphs: on CUDA, the packed layers of a training step run as CUDA graphs, one for each
             token bucket (graphs.py).
+        hold_projections: on the CPU with a cache, training holds what the first layer above the
+            insertion projects the training texts to (projections.py): None: where it takes at most
+            a tenth of the memory; True: whatever it takes; False: not.
         readout_only: language models whose examples have one label each: predictions are the logits
             of that token alone, [B, 1, V], and label_ids that label, [B, 1].
 
@@ -80,6 +86,7 @@ class LPTTrainer(CountedTraining, Trainer):
         activation_cache: str | Path | ActivationCache | None = None,
         upper: str | None = None,
         cuda_graphs: bool = False,
+        hold_projections: bool | None = None,
         readout_only: bool = False,
         **named,
     ):
@@ -91,7 +98,7 @@ class LPTTrainer(CountedTraining, Trainer):
             )
         self.activation_cache = activation_cache
         self._upper, self._cuda_graphs = upper, cuda_graphs
-        self.readout_only = readout_only
+        self.hold_projections, self.readout_only = hold_projections, readout_only
         self._ahead = ReadAhead()
         self._forget_rows()
         if model is not None:
@@ -290,6 +297,8 @@ class LPTTrainer(CountedTraining, Trainer):
                 collator = self._get_collator_with_removed_columns(own, description)
             cache, keys = self._keys_of(dataset, kept)
             self.data_collator = self._cached_collator(collator, cache)
+            if description == "Training" and self.is_in_train:
+                self.data_collator.projections = self._projections(cache, keys)
             dataset = CachedDataset(kept, keys)
             if sampler_fn is not None:
                 # Samplers see the data set that they would see, so the order is that of the text.
@@ -308,6 +317,35 @@ class LPTTrainer(CountedTraining, Trainer):
         how = {"room": config.num_virtual_tokens, "dtype": dtype}
         text = TextRules.of(late.backbone, late.family)
         return CachedCollator(collator, cache, self._ahead, text, self._label_rules(), how)
+
+    def _projections(self, cache: ActivationCache, keys: np.ndarray) -> Projections | None:
+        """Of the training texts, where they are wanted and there is room.
+
+        Raises:
+            ValueError: they were asked for and cannot be held.
+        """
+        wanted, args = self.hold_projections, self.args
+        here = args.device.type == "cpu" and not args.torch_compile
+        if wanted is False or (wanted is None and not here):
+            return None
+        try:
+            if not here:
+                raise ValueError(
+                    f"`hold_projections` is True on {args.device.type!r} with torch_compile="
+                    f"{args.torch_compile}, expected the CPU without; leave it out."
+                )
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            limit = held_limit(processes) if wanted is None else None
+            self.model.train()  # as the loop will: dropout that is active counts
+            with self.compute_loss_context_manager():  # in the dtype of the steps
+                held = Projections(self._late_prompt, cache, keys, limit)
+        except ValueError as error:
+            if wanted:
+                raise
+            logger.info("%s", error)
+            return None
+        logger.info("Projections of the training texts are held: %s.", amount(held.bytes))
+        return held
 
     def _check_labels(self) -> None:
         """Raises ValueError where the model would give no loss, before any row is computed."""

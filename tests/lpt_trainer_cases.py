@@ -74,6 +74,7 @@ MORE = (
     "preprocess_logits_for_metrics",
     "upper",
     "readout_only",
+    "hold_projections",
 )
 
 

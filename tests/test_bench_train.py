@@ -4,6 +4,7 @@ something wrong is not timed.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -28,7 +29,7 @@ from bench.train_accuracy import Limits, seconds_to, target_accuracy, train_curv
 from bench.train_data import Texts, drawn_texts, padding_ratio, plan_batches, real_texts
 from bench.train_flops import necessary_flops
 from bench.train_gate import errors
-from bench.train_models import contestants_of
+from bench.train_models import OURS, contestants_of
 from bench.train_plot import draw
 from lpt_fast import packed_forward
 from lpt_fast.cache.reader import RowReader
@@ -67,7 +68,7 @@ def test_train(source, tmp_path):
     done = quick(source, out)
     assert done.exit_code == 0, done.output
     steps = {line["name"]: line for line in lines_of(out, "step")}
-    late = {f"{name}, k = 2" for name in ("recipe", "uncached", "cached", "cached_packed")}
+    late = {f"{name}, k = 2" for name in ("recipe", *OURS)}
     assert set(steps) == late | {"prompt_tuning", "lora", "full", "head"}
     for line in steps.values():
         assert line["p20"] <= line["value"] <= line["p80"] and line["unit"] == "ms"
@@ -82,11 +83,13 @@ def test_train(source, tmp_path):
     assert steps["lora"]["trainable"] == head + 4 * 2 * 2 * 8 * 32
     assert steps["prompt_tuning"]["trainable"] == head + 20 * 32
     ratio = {line["name"]: line for line in lines_of(out, "ratio")}
-    for other in ("recipe, k = 2", "lora"):
-        line = ratio[f"{other.split(',')[0]} over cached_packed, k = 2"]
-        wanted = steps[other]["value"] / steps["cached_packed, k = 2"]["value"]
+    for other, own in itertools.product(("recipe, k = 2", "lora"), ("packed", "held")):
+        line = ratio[f"{other.split(',')[0]} over cached_{own}, k = 2"]
+        wanted = steps[other]["value"] / steps[f"cached_{own}, k = 2"]["value"]
         assert line["value"] == pytest.approx(wanted, rel=1e-3)
         assert line["target"] is None  # of another model
+    held = {name: line for name, line in steps.items() if "held_MiB" in line}
+    assert list(held) == ["cached_held, k = 2"] and held["cached_held, k = 2"]["held_s"] > 0
     (build,) = (line for line in lines_of(out, "build") if "cache" in line["name"])
     assert build["value"] >= build["measured_s"] and build["measured_texts"] >= 16
     for line in lines_of(out, "payback"):
@@ -94,7 +97,7 @@ def test_train(source, tmp_path):
         wanted = pytest.approx(line["build_s"] / saved, rel=1e-2) if saved > 0 else None
         assert line["value"] == wanted
     gate = lines_of(out, "gate")
-    assert len(gate) == 3 * 3 + 2 + 4 and all(line["met"] for line in gate)
+    assert len(gate) == 4 * 3 + 3 + 4 and all(line["met"] for line in gate)
 
 
 def test_train_bf16_by_tokens(tmp_path):
@@ -260,6 +263,8 @@ def test_flops_by_hand():
     first = 7 * (2 + 16) * 16 + (6 * 16 + 4 * 3 * 4) + (6 * 16 + 4 * 4 * 4)
     lengths = np.array([2, 3])
     assert necessary_flops(lengths, k=1, cached=True, **shape) == full + read + first + read
+    held = necessary_flops(lengths, k=1, cached=True, held=True, **shape)
+    assert held == full + read + first + read - 6 * 4**2 * int(lengths.sum())
     lower = 2 * (24 * 16 + 4 * 2 * 4) + 3 * (24 * 16 + 4 * 3 * 4)
     assert necessary_flops(lengths, k=1, cached=False, **shape) == 7392 + lower
     four = {**shape, "layers": 4}
@@ -317,13 +322,15 @@ def test_texts(source):
 
 
 def test_contestants():
-    fp32, bf16 = (dict(contestants_of(dtype)) for dtype in ("fp32", "bf16"))
+    fp32, bf16 = (dict(contestants_of(dtype, "cpu")) for dtype in ("fp32", "bf16"))
+    assert set(fp32) - set(dict(contestants_of("fp32", "cuda"))) == {"cached_held"}
     assert set(bf16) - set(fp32) == {"recipe_bf16", "lora_bf16"}
     assert [name for name, each in fp32.items() if each] == [
         "recipe",
         "uncached",
         "cached",
         "cached_packed",
+        "cached_held",
     ]
 
 

@@ -4,7 +4,8 @@ Only real tokens exist. Linear layers, norms and activations run on [T + B m, D]
 text by text. Beyond that, four exact savings:
 
 1. the first layer above k projects text rows that are constants: queries, keys and values get a
-   backward for the prompt rows alone, and so does its attention;
+   backward for the prompt rows alone, and so does its attention; what they are may be held, once
+   computed (projections.py);
 2. where the head reads one row of each text, the last layer computes that row alone (readout
    pruning), and without rotary positions needs no keys and values either (packed_readout.py);
 3. frozen weights get no gradient, so nothing is kept for one;
@@ -129,6 +130,7 @@ def run_packed(
     positions: Tensor | None,
     readout: bool,
     place: Tensor | None,
+    held: list[Tensor] | None = None,
 ) -> Tensor:
     """Layers k+1..L and the final norm over packed rows with their prompts.
 
@@ -139,16 +141,15 @@ def run_packed(
         positions: int64 [N] for rotary models, else None.
         readout: whether one token of each text is wanted.
         place: int64 [B], which (None: the first of each).
+        held: what `project_first` gives for text rows, where it is known; prompt rows are
+            overwritten.
 
     Returns:
         [N, D], or [B, D] for a readout.
     """
     layers = list(get_layers(backbone, family))[k:]
     make = block_type(backbone)
-    rotary = None
-    if family.takes_positions:
-        cos, sin = backbone.rotary_emb(rows, positions[None])
-        rotary = cos[0], sin[0]
+    rotary = _rotary(backbone, family, rows, positions)
     x = rows
     for i, layer in enumerate(layers):
         block = make(layer)
@@ -157,8 +158,29 @@ def run_packed(
         if readout and i == len(layers) - 1:
             x = block.run_last(x, plan, place, first)
         else:
-            x = block.run(x, plan, first)
+            x = block.run(x, plan, first, held if first else None)
     for name in family.after:
         norm = getattr(backbone, name)
         x = layer_norm(norm, x) if isinstance(norm, nn.LayerNorm) else rms_norm(norm, x)
     return x
+
+
+def _rotary(backbone: nn.Module, family: Family, rows: Tensor, positions: Tensor | None):
+    if not family.takes_positions:
+        return None
+    cos, sin = backbone.rotary_emb(rows, positions[None])
+    return cos[0], sin[0]
+
+
+def project_first(
+    backbone: nn.Module, family: Family, k: int, rows: Tensor, positions: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of layer k+1, [N, H d], [N, Hk d], [N, Hk d].
+
+    Args:
+        backbone, family, k: as for `run_lower`.
+        rows: [N, D], the output of layer k.
+        positions: int64 [N] for rotary models, else None.
+    """
+    block = block_type(backbone)(get_layers(backbone, family)[k])
+    return block.project(rows, _rotary(backbone, family, rows, positions))

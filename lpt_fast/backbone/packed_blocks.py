@@ -56,10 +56,16 @@ class Block:
             rows: int64 [n], which.
             grads: of q, k and v there.
         """
-        return backward_of(lambda x: self.project(x, self._rotary(rows)), x, grads)
+        return backward_of(lambda x: self.project_rows(x, rows), x, grads)
 
-    def _rotary(self, rows: Tensor):
-        return None if self.rotary is None else tuple(t[rows] for t in self.rotary)
+    def project_rows(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """`project` of the rows `rows`, int64 [n]; None: of all."""
+        return self.project(x, self._rotary(rows))
+
+    def _rotary(self, rows: Tensor | None):
+        if rows is None or self.rotary is None:
+            return self.rotary
+        return tuple(t[rows] for t in self.rotary)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """The layer's output rows from its input rows and what attention gave, [n, D]."""
@@ -73,16 +79,15 @@ class Block:
         """
         raise NotImplementedError
 
-    def run(self, x: Tensor, plan: Plan, first: bool) -> Tensor:
+    def run(self, x: Tensor, plan: Plan, first: bool, held: list[Tensor] | None) -> Tensor:
         """The whole layer, [N, D] -> [N, D].
 
         Args:
             first: only the prompt rows of x have a gradient.
+            held: in the first layer, what `project` gives for text rows, if it is known.
         """
         if first:
-            x, q, k, v = FromPrompts.apply(
-                x, lambda x: self.project(x, self.rotary), self.project_backward, plan
-            )
+            x, q, k, v = FromPrompts.apply(x, self.project_rows, self.project_backward, plan, held)
         else:
             q, k, v = self.project(x, self.rotary)
         attended = attend(
@@ -187,11 +192,11 @@ class GPT2Block(Block):
         x = layer_norm(self.norm, x)
         return tuple(torch.addmm(b, x, w) for w, b in map(self._weights, range(3)))
 
-    def _normed(self, x):
+    def _normed(self, x, rows):
         return (layer_norm(self.norm, x),)
 
     def _normed_backward(self, x, rows, grads):
-        return backward_of(self._normed, x, grads)
+        return backward_of(lambda x: self._normed(x, rows), x, grads)
 
     def finish(self, x, attended):
         x = add(conv1d(self.output, attended), x)
@@ -268,11 +273,11 @@ class LlamaBlock(Block):
         k = self._rotated(F.linear(x, self.k.weight, self.k.bias), self.k_norm, rotary)
         return k, F.linear(x, self.v.weight, self.v.bias)
 
-    def _keys(self, x, rotary):
-        return self._keys_of_normed(rms_norm(self.norm, x), rotary)
+    def _keys(self, x, rows):
+        return self._keys_of_normed(rms_norm(self.norm, x), self._rotary(rows))
 
     def _keys_backward(self, x, rows, grads):
-        return backward_of(lambda x: self._keys(x, self._rotary(rows)), x, grads)
+        return backward_of(lambda x: self._keys(x, rows), x, grads)
 
     def finish(self, x, attended):
         x = add(F.linear(attended, self.output.weight, self.output.bias), x)
@@ -287,11 +292,9 @@ class LlamaBlock(Block):
         q = F.linear(rms_norm(self.norm, picked), self.q.weight, self.q.bias)
         q = self._rotated(q, self.q_norm, self._rotary(rows))
         if first:
-            _, k, v = FromPrompts.apply(
-                x, lambda x: self._keys(x, self.rotary), self._keys_backward, plan
-            )
+            _, k, v = FromPrompts.apply(x, self._keys, self._keys_backward, plan)
         else:
-            k, v = self._keys(x, self.rotary)
+            k, v = self._keys(x, None)
         return picked, attend_one(
             q,
             k,

@@ -46,7 +46,30 @@ def activation(act: nn.Module, x: Tensor) -> Tensor:
         from lpt_kernels.frozen import activate
 
         return activate(x, activation=name)
+    if name in _GELUS and x.device.type == "cpu":
+        return _Gelu.apply(x, _GELUS[name])
     return act(x)
+
+
+class _Gelu(torch.autograd.Function):
+    """GELU whose gradient is written over that of its output, which nobody else reads: on a CPU a
+    batch's fresh memory costs as much as the arithmetic.
+    """
+
+    @staticmethod
+    def forward(ctx, x, approximate):
+        ctx.approximate = approximate
+        ctx.save_for_backward(x)
+        return F.gelu(x, approximate=approximate)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        # (Of a product, as here; a user's own expanded gradient is not to be written to.)
+        out = grad if grad.is_contiguous() else torch.empty_like(x)
+        backward = torch.ops.aten.gelu_backward.grad_input
+        return backward(grad, x, approximate=ctx.approximate, grad_input=out), None
 
 
 def gated(act: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
@@ -67,6 +90,8 @@ _ACTIVATIONS = {
     "SiLUActivation": "silu",
     "SiLU": "silu",
 }
+# Those of the kernels that are GELUs -> PyTorch's name of the approximation.
+_GELUS = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 def conv1d(module: Conv1D, x: Tensor) -> Tensor:
@@ -87,16 +112,31 @@ def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
 class FromPrompts(torch.autograd.Function):
     """x -> (x, *project(x)) where the text rows of x are constants.
 
-    Backward takes the gradients at the prompt rows and leaves the others: nothing below reads them.
+    Forward runs all rows, or where those of the text are known already (`held`, [N, ...] each) the
+    prompt rows alone. Backward takes the gradients at the prompt rows and leaves the others:
+    nothing below reads them.
+
+    Args:
+        x: [N, D].
+        project: (rows of x, their numbers or None for all) -> several tensors.
+        project_backward: as of `Block`.
+        plan: of the batch.
+        held: what `project` gives, whose prompt rows are overwritten; or None.
     """
 
     @staticmethod
-    def forward(ctx, x, project, project_backward, plan):
+    def forward(ctx, x, project, project_backward, plan, held=None):
         ctx.project_backward, ctx.plan = project_backward, plan
         ctx.autocast = autocast_dtype(x)
+        rows = plan.prompt_rows
         # Not x itself: it may be a buffer that the next forward fills again.
-        ctx.save_for_backward(x.index_select(0, plan.prompt_rows))
-        return x.view_as(x), *project(x)
+        own = x.index_select(0, rows)
+        ctx.save_for_backward(own)
+        if held is None:
+            return x.view_as(x), *project(x, None)
+        for whole, part in zip(held, project(own, rows), strict=True):
+            whole.index_copy_(0, rows, part)
+        return x.view_as(x), *held
 
     @staticmethod
     @once_differentiable
@@ -108,7 +148,7 @@ class FromPrompts(torch.autograd.Function):
         with torch.autocast(dx.device.type, ctx.autocast) if again else nullcontext():
             d = ctx.project_backward(ctx.saved_tensors[0], rows, grads)
         d = d.to(dx.dtype) + dx.index_select(0, rows)
-        return torch.zeros_like(dx).index_copy_(0, rows, d), None, None, None
+        return torch.zeros_like(dx).index_copy_(0, rows, d), None, None, None, None
 
 
 def backward_of(project: Callable, x: Tensor, grads: list[Tensor]) -> Tensor:

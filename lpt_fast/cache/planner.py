@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from .errors import CacheError
 TIERS = ("device", "pinned", "page", "disk")
 # Shares of what is free that a cache may take: a model trains beside it.
 DEVICE_SHARE, PINNED_SHARE, PAGE_SHARE = 0.5, 0.4, 0.7
+# Of all memory, that projections of the rows may take (lpt_fast/projections.py): whether they are
+# held changes the last bits of a training, so it should not hang on what else is running.
+HELD_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -39,17 +43,31 @@ def available_memory() -> int:
     its own limit's, whichever is least.
     """
     free = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass
+    limit = _group_limit()
+    with suppress(OSError, ValueError):
+        if limit is not None:
+            free = min(free, limit - int((_group() / "memory.current").read_text()))
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     if soft != resource.RLIM_INFINITY:
         free = min(free, soft - psutil.Process().memory_info().vms)
     return max(0, free)
+
+
+def _group() -> Path:
+    return Path("/sys/fs/cgroup")
+
+
+def _group_limit() -> int | None:
+    """Bytes that this process's control group may take; None: any."""
+    with suppress(OSError, ValueError):
+        return int((_group() / "memory.max").read_text())  # ("max" is no number)
+    return None
+
+
+def held_limit(processes: int) -> int:
+    """Bytes that projections may take in each of so many processes on this machine."""
+    whole = min(psutil.virtual_memory().total, _group_limit() or 1 << 62)
+    return min(int(HELD_SHARE * whole), available_memory()) // processes
 
 
 def choose_tier(

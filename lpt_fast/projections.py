@@ -1,0 +1,138 @@
+"""Queries, keys and values of text rows in the first layer above the insertion, held in memory.
+
+Those rows are constants, as the rows of a cache are, and so is what layer k+1 projects them to
+(DESIGN section 4): computed once for a data set, a step only looks them up, for 6 D^2 operations a
+token less. They take three times the memory of fp32 rows (with grouped heads less).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .backbone.families import get_layers
+from .backbone.packed import project_first, why_padded
+from .backbone.packed_attention import autocast_dtype
+from .backbone.packed_plan import Plan
+from .cache import ActivationCache
+from .cache.index import KeyTable
+from .cached import layer_dtype
+from .packing import PackedBatch
+
+TEXTS = 64  # that are projected together
+
+
+@dataclass(frozen=True)
+class HeldRows:
+    """What is held of the texts of a batch.
+
+    Attributes:
+        tables: queries, keys and values of all texts that are held, [T, H d], [T, Hk d], [T, Hk d].
+        begins: int64 [B], where in them each text of the batch begins.
+        kind: in what it was computed (`_kind`).
+    """
+
+    tables: tuple[Tensor, ...]
+    begins: Tensor
+    kind: tuple
+
+    def fits(self, rows: Tensor, m: int) -> bool:
+        """Whether layer k+1 would make the same of these rows [N, D], with m prompt rows a text."""
+        return self.kind == _kind(rows, m)
+
+    def take(self, plan: Plan) -> list[Tensor]:
+        """[N, ...] each, in fresh memory; at prompt rows anything."""
+        shift = self.begins - plan.starts - plan.m
+        index = torch.arange(plan.rows) + shift.repeat_interleave(plan.lengths)
+        index.clamp_(min=0)  # (The prompt of the first text would stand before the table.)
+        return [table.index_select(0, index) for table in self.tables]
+
+
+def _kind(rows: Tensor, m: int) -> tuple:
+    """Rotary positions of a text are moved up by its prompt, so m counts too."""
+    return rows.device, rows.dtype, autocast_dtype(rows), m
+
+
+class Projections:
+    """What layer k+1 projects the texts of a data set to.
+
+    Args:
+        late: the LatePrompt, whose active adapter says k and m.
+        cache: of layer k, on the CPU.
+        keys: uint64 [N, 2], of texts that it has.
+        limit: bytes that may be taken; None: any number.
+
+    Raises:
+        ValueError: it would be of no use, or take more; says why.
+        CacheError: as of `ActivationCache.read`.
+    """
+
+    def __init__(self, late, cache: ActivationCache, keys: np.ndarray, limit: int | None = None):
+        order = np.sort(np.unique(keys, axis=0, return_index=True)[1])
+        keys = keys[order]  # each once, in their order: the same sums in every run
+        rows = cache.find(keys)
+        lengths = cache.lengths[rows]
+        reason = why_not(late, int(lengths.max(initial=0)))
+        if reason is not None:
+            raise ValueError(
+                f"Projections are of no use, expected layers that run packed on them: {reason}."
+            )
+        self._keys = KeyTable(keys)
+        ends = lengths.cumsum()
+        self._begins = torch.from_numpy(ends - lengths)
+        self.m = late.active_config.num_virtual_tokens
+        tables = None
+        for first in range(0, len(rows), TEXTS):
+            own = slice(first, first + TEXTS)
+            made, kind = _project(late, cache, rows[own], self.m)
+            if tables is None:
+                self.bytes = int(ends[-1]) * sum(x[0].nbytes for x in made)
+                if limit is not None and self.bytes > limit:
+                    raise ValueError(
+                        f"Projections of {len(rows):,} texts take {self.bytes:,} bytes, expected "
+                        f"at most {limit:,}; they are computed in every step then."
+                    )
+                self.kind = kind
+                tables = [x.new_empty(int(ends[-1]), x.shape[1]) for x in made]
+            place = slice(int(self._begins[first]), int(ends[own][-1]))
+            for table, part in zip(tables, made, strict=True):
+                table[place] = part
+        self.tables = tuple(tables or ())
+
+    def of(self, keys: np.ndarray) -> HeldRows | None:
+        """Those of a batch's texts, uint64 [B, 2]; None where one is not held."""
+        found = self._keys.find(keys)
+        if (found < 0).any():
+            return None
+        return HeldRows(self.tables, self._begins[torch.from_numpy(found)], self.kind)
+
+
+def why_not(late, longest: int) -> str | None:
+    """Why projections are of no use to a model in training, in words; None: they are.
+
+    Args:
+        late: the LatePrompt.
+        longest: most tokens of a text.
+    """
+    config = late.active_config
+    k, m = config.insertion_layer, config.num_virtual_tokens
+    if late.upper == "padded":
+        return "upper is 'padded'"
+    if len(get_layers(late.backbone, late.family)) - k < 2:
+        return f"layer {k + 1} is the last one"  # which needs none where one token is read
+    return why_padded(late.backbone, late.family, k, longest + m, True)
+
+
+@torch.no_grad()
+def _project(late, cache, rows: np.ndarray, m: int) -> tuple[tuple[Tensor, ...], tuple]:
+    k = late.active_config.insertion_layer
+    batch: PackedBatch = cache.read(rows, dtype=layer_dtype(late, k))
+    positions = None
+    if late.family.takes_positions:
+        _, place = batch._places()
+        positions = (place if batch.position_ids is None else batch.position_ids) + m
+    made = project_first(late.backbone, late.family, k, batch.hidden, positions)
+    return made, _kind(batch.hidden, m)

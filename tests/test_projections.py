@@ -1,0 +1,253 @@
+"""Queries, keys and values that are held: the numbers of a step that computes them itself, and held
+only where that is of use and there is room.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from lpt_trainer_cases import K, cached, model_of
+from test_packed import DECODERS, ENCODERS, assert_same, labels_for, outcome, pair, still
+from test_trainer import assert_same as assert_same_weights
+from test_trainer import rows, trained
+from tiny import LAYERS
+
+from lpt_fast import ActivationCache
+from lpt_fast.backbone import packed, packed_ops
+from lpt_fast.backbone.families import find_backbone
+from lpt_fast.cache import planner
+from lpt_fast.projections import Projections
+from lpt_fast.trainer import find_late_prompt
+
+IDS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14], [15, 16, 17, 18], [8, 9, 10, 11, 12, 13]]
+EXAMPLES = [{"input_ids": ids} for ids in IDS]
+
+
+def filled(model, folder, store="fp32", examples=EXAMPLES):
+    opened = ActivationCache.open(folder, model, store=store)
+    numbers = opened.ensure(model, examples)
+    return opened, opened.table.key[numbers]
+
+
+def batches(model, opened, keys, order, room=3, **how):
+    """The texts in an order, without and with their projections."""
+    late = find_late_prompt(model)
+    late.upper = "packed"
+    batch = opened.read(keys[order], room=room, **how)
+    held = Projections(late, opened, keys).of(keys[order])
+    return batch, replace(batch, held=held)
+
+
+@pytest.fixture
+def projected(monkeypatch) -> list[int]:
+    """How many rows each first layer projected."""
+    seen, run = [], packed_ops.FromPrompts.forward
+
+    def forward(ctx, x, project, project_backward, plan, held=None):
+        def counted(x, rows):
+            seen.append(len(x))
+            return project(x, rows)
+
+        return run(ctx, x, counted, project_backward, plan, held)
+
+    monkeypatch.setattr(packed_ops.FromPrompts, "forward", forward)
+    return seen
+
+
+@pytest.mark.parametrize("k", [1, LAYERS - 2])
+@pytest.mark.parametrize("head", ["SEQ_CLS", "TOKEN_CLS"])
+@pytest.mark.parametrize("family", [*ENCODERS, *DECODERS])
+def test_equals_projecting_in_the_step(family, head, k, tmp_path, projected):
+    model = still(pair(family, head, k=k, num_virtual_tokens=3)[1])
+    opened, keys = filled(model, tmp_path)
+    for order in ([0, 1, 2, 3], [4, 2, 0], [3]):
+        batch, held = batches(model, opened, keys, order)
+        call = labels_for(head, {"attention_mask": batch.mask().long()})
+        call["at"] = batch.mask() if head == "TOKEN_CLS" else None
+        expected = outcome(model, "packed", cached_hidden=batch, **call)
+        assert projected.pop() == len(batch.hidden) and not projected
+        got = outcome(model, "packed", cached_hidden=held, **call)
+        assert projected.pop() == 3 * len(order) and not projected
+        assert_same(got, expected)
+        torch.testing.assert_close(got[1], expected[1], atol=1e-6, rtol=1e-6)
+        # Another time: nothing that is held was written to.
+        assert_same(outcome(model, "packed", cached_hidden=held, **call), got, 1e-12)
+        assert_same(outcome(model, "padded", cached_hidden=held, **call), expected)
+        projected.clear()
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "qwen3"])
+def test_positions_of_the_texts(family, tmp_path):
+    """Where texts come with positions of their own."""
+    model = still(pair(family, "SEQ_CLS", k=1, num_virtual_tokens=3)[1])
+    examples = [{"input_ids": ids, "position_ids": [7 + i for i in range(len(ids))]} for ids in IDS]
+    opened, keys = filled(model, tmp_path, examples=examples)
+    batch, held = batches(model, opened, keys, [1, 0, 3])
+    call = {"labels": torch.tensor([0, 1, 1])}
+    expected = outcome(model, "packed", cached_hidden=batch, **call)
+    assert_same(outcome(model, "packed", cached_hidden=held, **call), expected)
+
+
+def test_what_was_computed_for_something_else_is_not_taken(tmp_path, projected):
+    model = still(pair("llama", "SEQ_CLS", k=1, num_virtual_tokens=3)[1])
+    opened, keys = filled(model, tmp_path)
+    batch, held = batches(model, opened, keys, [0, 1])
+    outcome(model, "packed", cached_hidden=held)
+    assert projected.pop() == 6
+    with torch.no_grad():
+        for other in (replace(held.held, kind=(*held.held.kind[:3], 4)),):
+            model(cached_hidden=replace(held, held=other))
+            assert projected.pop() == len(batch.hidden)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = model(cached_hidden=held).logits
+            assert projected.pop() == len(batch.hidden)
+            torch.testing.assert_close(got, model(cached_hidden=batch).logits, atol=0, rtol=0)
+
+
+def test_under_autocast(tmp_path, projected):
+    """Made under autocast they are for steps under autocast, in its dtype."""
+    model = still(pair("bert", "SEQ_CLS", k=1, num_virtual_tokens=3)[1])
+    opened, keys = filled(model, tmp_path)
+    with torch.autocast("cpu", torch.bfloat16):
+        batch, held = batches(model, opened, keys, [0, 1, 3])
+    assert {t.dtype for t in held.held.tables} == {torch.bfloat16}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected, got = (model(cached_hidden=b).logits for b in (batch, held))
+        assert projected == [len(batch.hidden), 9]
+        torch.testing.assert_close(got, expected, atol=2e-2, rtol=2e-2)
+        projected.clear()
+    with torch.no_grad():
+        model(cached_hidden=held)
+    assert projected == [len(batch.hidden)]
+
+
+def test_texts_once_and_only_those_that_are_asked_for(tmp_path):
+    model = pair("bert", "SEQ_CLS", k=1)[1]
+    opened, keys = filled(model, tmp_path)
+    held = Projections(find_late_prompt(model), opened, keys[[4, 0, 1]])
+    assert [len(t) for t in held.tables] == [9] * 3  # texts 1 and 4 are one
+    assert held.bytes == sum(t.nbytes for t in held.tables)
+    assert held.of(keys[[0, 1]]).begins.tolist() == [6, 0]
+    assert held.of(keys[[0, 3]]) is None
+    with pytest.raises(ValueError, match=r"of 2 texts take 3,456 bytes, expected at most 3,455;"):
+        Projections(find_late_prompt(model), opened, keys[:2], 3455)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"insertion_layer": LAYERS - 1}, f"layer {LAYERS} is the last one"),
+        ({"upper": "padded"}, "upper is 'padded'"),
+        ({"upper_dropout": True}, "active dropout"),
+    ],
+)
+def test_of_no_use(tmp_path, config, words, caplog):
+    dropout = 0.1 if "upper_dropout" in config else 0.0
+    model = model_of(dropout=dropout, **config)
+    trainer = cached(model, tmp_path, tmp_path / "cache", hold_projections=True)
+    with pytest.raises(ValueError, match=f"of no use, expected layers that .*{words}"):
+        trainer.train()
+    caplog.set_level(logging.INFO, logger="lpt_fast.trainer")
+    cached(model, tmp_path, tmp_path / "cache", num_train_epochs=1).train()
+    assert words in caplog.text
+
+
+# -- LPTTrainer ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training(tmp_path, projected, workers, caplog):
+    """Held, not held, and in worker processes, which read batches without: one training."""
+    caplog.set_level(logging.INFO, logger="lpt_fast.trainer")
+    weights, prompts = {}, 8 * 3
+    for hold in (True, False, None):
+        model = model_of()
+        trainer = cached(
+            model, tmp_path, tmp_path / "cache",
+            eval_dataset=rows(9, seed=2), eval_strategy="epoch", per_device_eval_batch_size=9,
+            hold_projections=hold, dataloader_num_workers=workers,
+        )  # fmt: skip
+        trainer.train()
+        weights[hold] = trained(model)
+        used = hold is not False and workers == 0
+        steps, own = [n for n in projected if n > 9 * 3], projected.count(prompts)
+        assert own == (12 if used else 0)
+        assert len(steps) == (3 if used else 15)  # evaluations run without
+        projected.clear()
+    assert caplog.text.count("Projections of the training texts are held: ") == 2
+    assert_same_weights(weights[True], weights[False], atol=1e-6, rtol=1e-4)
+    assert_same_weights(weights[True], weights[None], atol=0, rtol=0)
+
+
+def test_no_room(tmp_path, monkeypatch, projected, caplog):
+    monkeypatch.setattr(planner.psutil, "virtual_memory", lambda: Memory())
+    caplog.set_level(logging.INFO, logger="lpt_fast.trainer")
+    model = model_of()
+    cached(model, tmp_path, tmp_path / "cache", num_train_epochs=1).train()
+    assert "Projections of 32 texts take " in caplog.text and 24 not in projected
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert planner.held_limit(4) == 2
+
+
+class Memory:
+    total = available = 80
+
+
+def test_only_on_the_cpu_as_it_is(tmp_path):
+    model = model_of()
+    trainer = cached(model, tmp_path, tmp_path / "cache", hold_projections=True)
+    trainer.args.torch_compile = True
+    with pytest.raises(ValueError, match="is True on 'cpu' with torch_compile=True, exp"):
+        trainer._projections(None, None)
+    trainer.hold_projections = None
+    assert trainer._projections(None, None) is None
+
+
+def test_a_wrong_row_would_show(tmp_path):
+    """That the comparison above can fail."""
+    model = still(pair("bert", "SEQ_CLS", k=1, num_virtual_tokens=3)[1])
+    opened, keys = filled(model, tmp_path)
+    batch, held = batches(model, opened, keys, [0, 1, 3])
+    wrong = replace(held, held=replace(held.held, begins=held.held.begins.flip(0)))
+    expected = outcome(model, "packed", cached_hidden=batch)
+    with pytest.raises(AssertionError):
+        assert_same(outcome(model, "packed", cached_hidden=wrong), expected)
+
+
+def test_project_first_is_what_the_model_projects(tmp_path):
+    """Against the model's own modules."""
+    model = pair("roberta", "SEQ_CLS", k=K)[1]
+    _, backbone, family = find_backbone(model)
+    x = torch.randn(4, backbone.config.hidden_size)
+    own = backbone.encoder.layer[K].attention.self
+    made = packed.project_first(backbone, family, K, x, None)
+    for got, module in zip(made, (own.query, own.key, own.value), strict=True):
+        np.testing.assert_allclose(got.detach(), module(x).detach(), atol=1e-6)
+
+
+# -- GELU ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_new", "gelu_pytorch_tanh"])
+def test_gelu(name):
+    """Value and gradient are those of the model's own module, also of gradients that nobody may
+    write to.
+    """
+    from transformers.activations import ACT2FN
+
+    act = ACT2FN[name]
+    x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    expected = act(x)
+    pull = torch.randn(5, 7, dtype=torch.float64).t()
+    for grad in (pull, pull.contiguous(), torch.ones(1, dtype=torch.float64).expand(7, 5)):
+        kept = grad.clone()
+        (want,) = torch.autograd.grad(expected, x, grad, retain_graph=True)
+        got = packed_ops.activation(act, x)
+        torch.testing.assert_close(got, expected, atol=1e-14, rtol=1e-14)
+        (found,) = torch.autograd.grad((2 * got), x, grad)  # whose gradient is the step's own
+        torch.testing.assert_close(found, 2 * want, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(grad, kept, atol=0, rtol=0)
