@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -68,8 +67,8 @@ class LPTTrainer(CountedTraining, Trainer):
         cuda_graphs: on CUDA, the packed layers of a training step run as CUDA graphs, one for each
             token bucket (graphs.py).
         hold_projections: on the CPU with a cache, training holds what the first layer above the
-            insertion projects the training texts to (projections.py): None: where it takes at most
-            a tenth of the memory; True: whatever it takes; False: not.
+            insertion projects the training texts to (projections.py). None: in a single process,
+            where it takes at most a tenth of the memory; True: whatever it takes; False: not.
         readout_only: language models whose examples have one label each: predictions are the logits
             of that token alone, [B, 1, V], and label_ids that label, [B, 1].
 
@@ -326,7 +325,8 @@ class LPTTrainer(CountedTraining, Trainer):
         """
         wanted, args = self.hold_projections, self.args
         here = args.device.type == "cpu" and not args.torch_compile
-        if wanted is False or (wanted is None and not here):
+        # (One of several processes sees a part of the texts in an epoch, and would hold all.)
+        if wanted is False or (wanted is None and not (here and args.world_size == 1)):
             return None
         try:
             if not here:
@@ -334,8 +334,7 @@ class LPTTrainer(CountedTraining, Trainer):
                     f"`hold_projections` is True on {args.device.type!r} with torch_compile="
                     f"{args.torch_compile}, expected the CPU without; leave it out."
                 )
-            processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            limit = held_limit(processes) if wanted is None else None
+            limit = held_limit() if wanted is None else None
             self.model.train()  # as the loop will: dropout that is active counts
             with self.compute_loss_context_manager():  # in the dtype of the steps
                 held = Projections(self._late_prompt, cache, keys, limit)

@@ -75,11 +75,11 @@ def test_memory_that_is_free(monkeypatch, tmp_path):
     assert available_memory() == 10**15
     (tmp_path / "memory.max").write_text("1000\n")
     assert available_memory() == 300
-    assert planner.held_limit(1) == 100 and planner.held_limit(4) == 25  # a tenth of all
+    assert planner.held_limit() == 100  # a tenth of all
     (tmp_path / "memory.current").write_text("950\n")
-    assert planner.held_limit(1) == 50  # no more than is free
+    assert planner.held_limit() == 50  # no more than is free
     (tmp_path / "memory.current").write_text("1100\n")
-    assert available_memory() == 0 == planner.held_limit(1)
+    assert available_memory() == 0 == planner.held_limit()
     (tmp_path / "memory.max").write_text("?")
     used = psutil.Process().memory_info().vms
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (used + 2**30, -1))

@@ -64,10 +64,10 @@ def _group_limit() -> int | None:
     return None
 
 
-def held_limit(processes: int) -> int:
-    """Bytes that projections may take in each of so many processes on this machine."""
+def held_limit() -> int:
+    """Bytes that projections may take."""
     whole = min(psutil.virtual_memory().total, _group_limit() or 1 << 62)
-    return min(int(HELD_SHARE * whole), available_memory()) // processes
+    return min(int(HELD_SHARE * whole), available_memory())
 
 
 def choose_tier(
