@@ -12,7 +12,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
-import socket
 import statistics
 import time
 from dataclasses import dataclass
@@ -58,6 +57,7 @@ def work(job: Work, pipe) -> None:
         variables = {"RANK": job.rank, "WORLD_SIZE": job.world, "MASTER_PORT": job.port}
         os.environ.update({name: str(value) for name, value in variables.items()})
         os.environ["MASTER_ADDR"] = "127.0.0.1"
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     import torch
 
     from lpt_fast.cache import ActivationCache
@@ -100,9 +100,11 @@ class Run:
 
 def run(source: Source, rows: int, root: Path, world: int) -> Run:
     """Builds a cache in a new folder."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    from torch.distributed import TCPStore
+
+    # As under torchrun, whose agent keeps the store that its processes meet at.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = store.port
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     start = time.perf_counter()
