@@ -5,6 +5,7 @@ python -m bench.soak --minutes 30 --out bench/results/soak.jsonl
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import math
@@ -28,7 +29,9 @@ from lpt_fast.cursor import last_checkpoint
 from .fault_worker import SHARD_BYTES, adapted, collate, examples
 
 WARM = 0.2  # share of the cycles that are left out of the slope: allocators and imports settle
-UNITS = {"rss_mb": "MB", "files": "files", "threads": "threads"}
+BLOCKS = 10  # of samples, whose means the slope goes through: memory moves in rare steps, so that
+# single samples are far from independent
+UNITS = {"rss_mb": "MB", "heap_mb": "MB in use", "files": "files", "threads": "threads"}
 
 
 def _arguments(run: Path, epochs: int) -> TrainingArguments:
@@ -72,12 +75,38 @@ def cycle(root: Path) -> float:
     return loss
 
 
+class _Mallinfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd",
+            "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
+
+
+def heap_bytes() -> float:
+    """Bytes that the C heap (of the main thread) has given out; nan where it cannot be asked. A leak
+    shows here at once, in resident memory only when the heap has no free room left.
+    """
+    try:
+        ask = ctypes.CDLL("libc.so.6").mallinfo2
+    except (OSError, AttributeError):
+        return math.nan
+    ask.restype = _Mallinfo
+    info = ask()
+    return float(info.uordblks + info.hblkhd)
+
+
 def sample() -> dict:
     """What this process holds now."""
     gc.collect()
     process = psutil.Process()
     return {
         "rss_mb": process.memory_info().rss / 2**20,
+        "heap_mb": heap_bytes() / 2**20,
         "files": process.num_fds(),
         "threads": process.num_threads(),
         "python_threads": threading.active_count(),
@@ -92,6 +121,12 @@ def slope(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     rise = float((dx * y).sum() / (dx * dx).sum())
     rest = y - y.mean() - rise * dx
     return rise, float(np.sqrt((rest @ rest) / (len(x) - 2) / (dx @ dx)))
+
+
+def blocks(values: np.ndarray) -> np.ndarray:
+    """Means of BLOCKS parts one after another (all values, where they are fewer)."""
+    parts = np.array_split(values, min(BLOCKS, len(values)))
+    return np.array([part.mean() for part in parts])
 
 
 def soak(minutes: float, cycles: int, tell: Callable[[dict], None]) -> tuple[list[dict], dict]:
@@ -118,7 +153,7 @@ def soak(minutes: float, cycles: int, tell: Callable[[dict], None]) -> tuple[lis
     growth = {}
     for name in UNITS:
         y = np.array([one[name] for one in kept], float)
-        rise, error = slope(x, y)
+        rise, error = slope(blocks(x), blocks(y))
         growth[name] = {"per_minute": rise, "error": error, "first": y[0], "last": y[-1]}
     return samples, growth
 
@@ -151,7 +186,7 @@ def main(
     typer.echo(f"{len(samples)} cycles in {samples[-1]['minutes']:.1f} min, all to the same loss.")
     for name, found in growth.items():
         typer.echo(
-            f"{UNITS[name]:8} {found['first']:.1f} -> {found['last']:.1f}, per minute "
+            f"{UNITS[name]:9} {found['first']:.1f} -> {found['last']:.1f}, per minute "
             f"{found['per_minute']:+.4f} with a standard error of {found['error']:.4f}"
         )
     write({"summary": growth, "cycles": len(samples), "minutes": samples[-1]["minutes"]})

@@ -26,6 +26,7 @@ def test_nothing_is_held_after_a_cycle(tmp_path):
     assert last["files"] == first["files"] and last["threads"] == first["threads"]
     assert last["python_threads"] == first["python_threads"]
     assert last["rss_mb"] - first["rss_mb"] < 32
+    assert last["heap_mb"] - first["heap_mb"] < 8
     for name in ("files", "threads"):
         assert growth[name]["per_minute"] == pytest.approx(0, abs=1e-9)
     assert len({one["loss"] for one in samples}) == 1 and not list(tmp_path.iterdir())
@@ -53,6 +54,20 @@ def test_slope_and_its_error():
     assert abs(rise - 0.3) < 3 * error and error == pytest.approx(2 / np.sqrt(200**3 / 12), rel=0.2)
     assert soak.slope(x, 2 * x) == (pytest.approx(2), pytest.approx(0, abs=1e-9))
     assert all(np.isnan(soak.slope(x[:2], x[:2])))
+    # A single step near the end is no slope, a leak is; single samples would say otherwise.
+    step = np.where(x < 190, 0.0, 8.0)
+    rise, error = soak.slope(soak.blocks(x), soak.blocks(step))
+    assert abs(rise) < 2 * error and abs(soak.slope(x, step)[0]) > 5 * soak.slope(x, step)[1]
+    rise, error = soak.slope(soak.blocks(x), soak.blocks(step + 0.3 * x))
+    assert rise > 5 * error
+    assert soak.blocks(x[:3]).tolist() == [0, 1, 2]
+
+
+def test_the_heap_is_measured():
+    before = soak.heap_bytes()
+    held = [bytes(1000) for _ in range(20000)]  # above what Python's own allocator takes
+    grown = soak.heap_bytes() - before
+    assert np.isnan(grown) or 20e6 < grown < 23e6, len(held)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from .identity import Place, own_dtype, plain_dtype
 from .rows import Text
 
 # Tokens of a batch, padding counted: large enough to keep the device busy, small enough that the
-# three batches that the writer may hold are no matter, and on a CPU that a batch stays in its caches
+# three batches that the writer may hold are no matter; on a CPU, that a batch stays in its caches
 # (with 4096, D = 384, the layers took 7 % longer).
 BATCH_TOKENS = {"cuda": 32768, "cpu": 1024}
 
