@@ -88,8 +88,8 @@ class _Mallinfo(ctypes.Structure):
 
 
 def heap_bytes() -> float:
-    """Bytes that the C heap (of the main thread) has given out; nan where it cannot be asked. A leak
-    shows here at once, in resident memory only when the heap has no free room left.
+    """Bytes that the C heap of the main thread has given out; nan where it cannot be asked. A
+    leak shows here at once, in resident memory only when the heap has no free room left.
     """
     try:
         ask = ctypes.CDLL("libc.so.6").mallinfo2
