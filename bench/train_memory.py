@@ -86,7 +86,7 @@ def child(path: Path, name: str, k: int | None, cache: str | None) -> int:
 
     from .cache import quiet
     from .train_data import Texts
-    from .train_models import HALF, Rows, Zoo, inputs_of
+    from .train_models import HALF, HELD, Rows, Zoo, inputs_of
     from .train_rows import open_cache
 
     quiet()
@@ -111,6 +111,8 @@ def child(path: Path, name: str, k: int | None, cache: str | None) -> int:
     contestant = zoo.contestant(name, k, texts, rows, model=model)
     if cache is not None:
         rows = open_cache(zoo, texts, everything, k, cache, contestant.model)
+        if name == HELD:
+            rows = rows.hold(contestant.model)
         contestant.inputs = inputs_of(name, texts, rows, zoo.place)
     for batch in job["batches"]:
         contestant.step(np.array(batch))

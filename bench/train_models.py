@@ -316,7 +316,7 @@ class Zoo:
             if parameter.requires_grad and half:
                 parameter.data = parameter.data.float()
         model.train()
-        if name == HELD:
+        if name == HELD and rows is not None:
             with torch.autocast(self.device, autocast, enabled=autocast is not None):
                 rows = rows.hold(model)
         inputs = inputs_of(name, texts, rows, self.place)

@@ -129,16 +129,16 @@ def test_memory(source, tmp_path, monkeypatch):
     peak_bytes = train_run.peak_bytes
 
     def peak(job, name, k, cache):
-        own = name == "cached_packed"
+        own = name == "cached_held"
         return train_memory.child(job, name, k, cache) if own else peak_bytes(job, name, k, cache)
 
     monkeypatch.setattr(train_run, "peak_bytes", peak)
     fixed = ("--quick", "--layers", 2, "--out", out, "--memory")
-    done = call(source, "train", *fixed, "--contestants", "cached_packed,full")
+    done = call(source, "train", *fixed, "--contestants", "cached_held,full")
     assert done.exit_code == 0, done.output
     peak = {line["name"]: line["peak_MiB"] for line in lines_of(out, "step")}
     weights = 4 * tiny("bert", vocab_size=30522).num_parameters() / 2**20
-    assert peak["full"] > 2.5 * weights and "cached_packed, k = 2" in peak
+    assert peak["full"] > 2.5 * weights and "cached_held, k = 2" in peak
 
 
 def test_profile(source, tmp_path):
