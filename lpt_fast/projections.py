@@ -84,7 +84,7 @@ class Projections:
         ends = lengths.cumsum()
         self._begins = torch.from_numpy(ends - lengths)
         self.m = late.active_config.num_virtual_tokens
-        tables = None
+        self.bytes, self.kind, tables = 0, (), None
         for first in range(0, len(rows), TEXTS):
             own = slice(first, first + TEXTS)
             made, kind = _project(late, cache, rows[own], self.m)

@@ -122,6 +122,11 @@ class LPTTrainer(CountedTraining, Trainer):
                 "function of one's own; leave it out."
             )
         if self.activation_cache is None:
+            if self.hold_projections:
+                raise ValueError(
+                    "`hold_projections` is True without `activation_cache`, expected both or none: "
+                    "they are of rows that a cache has. Give a cache, or leave it out."
+                )
             return
         for name in ("bf16_full_eval", "fp16_full_eval", "neftune_noise_alpha"):
             value = getattr(args, name, None)

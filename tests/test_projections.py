@@ -10,13 +10,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from lpt_trainer_cases import K, cached, model_of
+from lpt_trainer_cases import K, arguments, cached, model_of
 from test_packed import DECODERS, ENCODERS, assert_same, labels_for, outcome, pair, still
 from test_trainer import assert_same as assert_same_weights
 from test_trainer import rows, trained
 from tiny import LAYERS
 
-from lpt_fast import ActivationCache
+from lpt_fast import ActivationCache, LPTTrainer
 from lpt_fast.backbone import packed, packed_ops
 from lpt_fast.backbone.families import find_backbone
 from lpt_fast.cache import planner
@@ -203,6 +203,18 @@ def test_only_on_the_cpu_as_it_is(tmp_path):
         trainer._projections(None, None)
     trainer.hold_projections = None
     assert trainer._projections(None, None) is None
+
+
+def test_there_has_to_be_a_cache(tmp_path):
+    with pytest.raises(ValueError, match="`hold_projections` is True without `activation_cache`"):
+        LPTTrainer(model_of(), arguments(tmp_path), hold_projections=True)
+
+
+def test_no_texts(tmp_path):
+    model = model_of()
+    opened, keys = filled(model, tmp_path)
+    held = Projections(find_late_prompt(model), opened, keys[:0])
+    assert held.bytes == 0 and held.of(keys[:1]) is None
 
 
 def test_several_processes_read_their_own_rows_alone(tmp_path, monkeypatch):
