@@ -122,7 +122,7 @@ def why_not(late, longest: int) -> str | None:
     if late.upper == "padded":
         return "upper is 'padded'"
     if len(get_layers(late.backbone, late.family)) - k < 2:
-        return f"layer {k + 1} is the last one"  # which needs none where one token is read
+        return f"layer {k + 1} is the last one, which needs none where a head reads one token"
     return why_padded(late.backbone, late.family, k, longest + m, True)
 
 

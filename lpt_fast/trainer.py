@@ -67,8 +67,9 @@ class LPTTrainer(CountedTraining, Trainer):
         cuda_graphs: on CUDA, the packed layers of a training step run as CUDA graphs, one for each
             token bucket (graphs.py).
         hold_projections: on the CPU with a cache, training holds what the first layer above the
-            insertion projects the training texts to (projections.py). None: in a single process,
-            where it takes at most a tenth of the memory; True: whatever it takes; False: not.
+            insertion projects the training texts to (projections.py). None: in a single process
+            without dataloader_num_workers, where it takes at most a tenth of the memory and half
+            of what is free; True: whatever it takes; False: not.
         readout_only: language models whose examples have one label each: predictions are the logits
             of that token alone, [B, 1, V], and label_ids that label, [B, 1].
 
@@ -99,6 +100,7 @@ class LPTTrainer(CountedTraining, Trainer):
         self._upper, self._cuda_graphs = upper, cuda_graphs
         self.hold_projections, self.readout_only = hold_projections, readout_only
         self._ahead = ReadAhead()
+        self._holding: CachedCollator | None = None
         self._forget_rows()
         if model is not None:
             self._prepare_model(model)
@@ -302,7 +304,9 @@ class LPTTrainer(CountedTraining, Trainer):
             cache, keys = self._keys_of(dataset, kept)
             self.data_collator = self._cached_collator(collator, cache)
             if description == "Training" and self.is_in_train:
-                self.data_collator.projections = self._projections(cache, keys)
+                self._let_go()
+                self._holding = self.data_collator
+                self._holding.projections = self._projections(cache, keys)
             dataset = CachedDataset(kept, keys)
             if sampler_fn is not None:
                 # Samplers see the data set that they would see, so the order is that of the text.
@@ -329,7 +333,9 @@ class LPTTrainer(CountedTraining, Trainer):
             ValueError: they were asked for and cannot be held.
         """
         wanted, args = self.hold_projections, self.args
-        here = args.device.type == "cpu" and not args.torch_compile
+        # (Worker processes make batches without: what is held stays in this one.)
+        workers, compiles = args.dataloader_num_workers, args.torch_compile
+        here = args.device.type == "cpu" and not compiles and not workers
         # (One of several processes sees a part of the texts in an epoch, and would hold all.)
         if wanted is False or (wanted is None and not (here and args.world_size == 1)):
             return None
@@ -337,11 +343,12 @@ class LPTTrainer(CountedTraining, Trainer):
             if not here:
                 raise ValueError(
                     f"`hold_projections` is True on {args.device.type!r} with torch_compile="
-                    f"{args.torch_compile}, expected the CPU without; leave it out."
+                    f"{compiles} and dataloader_num_workers={workers}, expected the CPU without "
+                    "them; leave it out."
                 )
             limit = held_limit() if wanted is None else None
             self.model.train()  # as the loop will: dropout that is active counts
-            with self.compute_loss_context_manager():  # in the dtype of the steps
+            with self.accelerator.autocast():  # as around the model in each step
                 held = Projections(self._late_prompt, cache, keys, limit)
         except ValueError as error:
             if wanted:
@@ -350,6 +357,12 @@ class LPTTrainer(CountedTraining, Trainer):
             return None
         logger.info("Projections of the training texts are held: %s.", amount(held.bytes))
         return held
+
+    def _let_go(self) -> None:
+        """Projections serve one training; its DataLoader outlives it."""
+        if self._holding is not None:
+            self._holding.projections = None
+        self._holding = None
 
     def _check_labels(self) -> None:
         """Raises ValueError where the model would give no loss, before any row is computed."""
@@ -375,8 +388,11 @@ class LPTTrainer(CountedTraining, Trainer):
 
     def train(self, *args, **kwargs):
         """As Trainer's."""
-        with self._ahead.running():
-            return super().train(*args, **kwargs)
+        try:
+            with self._ahead.running():
+                return super().train(*args, **kwargs)
+        finally:
+            self._let_go()
 
     def evaluation_loop(self, *args, **kwargs):
         """As Trainer's."""

@@ -329,8 +329,9 @@ def train(args: TrainArguments) -> dict:
         **more,
     )
     start = time.perf_counter()
-    with saving_to(args.output_dir):
-        trainer.train(resume_from_checkpoint=_checkpoint(args))
+    resumed = _checkpoint(args)
+    with saving_to(args.output_dir, resumed):
+        trainer.train(resume_from_checkpoint=resumed)
     seconds = time.perf_counter() - start
     results = {
         "method": args.method,
@@ -358,7 +359,7 @@ def train(args: TrainArguments) -> dict:
             "tier": cache.plan.tier,
         }
     _clear_other_kind(Path(args.output_dir), args.method)
-    with saving_to(args.output_dir):
+    with saving_to(args.output_dir, resumed):
         trainer.save_model(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)
         folder = Path(args.output_dir)

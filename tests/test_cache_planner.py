@@ -77,7 +77,7 @@ def test_memory_that_is_free(monkeypatch, tmp_path):
     assert available_memory() == 300
     assert planner.held_limit() == 100  # a tenth of all
     (tmp_path / "memory.current").write_text("950\n")
-    assert planner.held_limit() == 50  # no more than is free
+    assert planner.held_limit() == 25  # half of what is free
     (tmp_path / "memory.current").write_text("1100\n")
     assert available_memory() == 0 == planner.held_limit()
     (tmp_path / "memory.max").write_text("?")

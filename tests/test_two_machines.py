@@ -171,7 +171,7 @@ def test_a_cable_that_is_cut_while_a_process_waits_for_an_answer(machines):
     assert both[0].wait() == "waited for"
     machines.cut()
     told = both[1].wait(20)
-    assert told.startswith(words) and "the network does not answer; see whether" in told
+    assert told.startswith(words) and "the network did not answer for 5 s; see whether" in told
     assert both[1].end() == 0
     both[0].go()
     assert both[0].end() == 0

@@ -105,11 +105,12 @@ class Ranks:
 
         patience = deadline_seconds()
         Thread(target=share, name="lpt-fast agreement", daemon=True).start()
+        # (The store has two deadlines, to find its host and to get an answer.)
+        whole = 2 * patience + 1
         try:
-            # (The store has two deadlines, to find its host and to get an answer.)
-            got = answer.get(timeout=2 * patience + 1)
+            got = answer.get(timeout=whole)
         except Empty:
-            got = RuntimeError("the network does not answer")
+            got = RuntimeError(f"the network did not answer for {whole:.0f} s")
         if isinstance(got, bytes):
             return got
         if not isinstance(got, RuntimeError):
