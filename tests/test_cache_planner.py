@@ -49,6 +49,17 @@ def test_the_fastest_tier_that_fits(size, device, host, gpu, tier, why):
     assert plan.tier == tier and why in plan.why and str(plan) == f"{tier}: {plan.why}"
 
 
+def test_several_processes_of_a_machine_share_one_copy(monkeypatch):
+    how = {"host_free": 20_000, "device_free": 10_000}
+    assert choose_tier(5001, CUDA, **how, processes=2).tier == "page"
+    assert choose_tier(5000, CUDA, **how, processes=2).tier == "device"  # each on its own GPU
+    assert choose_tier(5001, CUDA, "pinned", **how, processes=2).tier == "pinned"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert choose_tier(5001, CUDA, **how).tier == "page"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert choose_tier(5001, CUDA, **how).tier == "pinned"
+
+
 def test_a_tier_that_was_asked_for():
     for tier, device in itertools.product(TIERS, (CPU, CUDA)):
         plan = choose_tier(10**15, device, tier, host_free=0, device_free=0)

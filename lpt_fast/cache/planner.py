@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ class Plan:
 
     Attributes:
         tier: "device": the whole cache lies on the GPU; "pinned": in host memory (page-locked where
-            it goes to a GPU); "page": files that the page cache holds; "disk": files that it does
-            not, asked for ahead of their use.
+            it goes to a GPU), a copy for each process; "page": files that the page cache holds, one
+            copy for a machine; "disk": files that it does not, asked for ahead of their use.
         why: one sentence.
     """
 
@@ -77,6 +78,7 @@ def choose_tier(
     tier: str = "auto",
     host_free: int | None = None,
     device_free: int | None = None,
+    processes: int | None = None,
 ) -> Plan:
     """The fastest tier that leaves room for training.
 
@@ -85,6 +87,7 @@ def choose_tier(
         device: where batches go.
         tier: one of TIERS to take it whatever fits; "auto" to choose.
         host_free, device_free: bytes; default: asked of the system.
+        processes: of this machine that read the cache; default: as torchrun says.
 
     Raises:
         CacheError: an unknown tier.
@@ -102,7 +105,11 @@ def choose_tier(
             device_free = torch.cuda.mem_get_info(device)[0]
         if cache_bytes <= DEVICE_SHARE * device_free:
             return Plan("device", f"{size} fit beside {amount(device_free)} free on the GPU")
-        if cache_bytes <= PINNED_SHARE * host_free:
+        if processes is None:
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        # (Several processes would hold a copy each; the page cache is one for all, and batches are
+        # page-locked in any case.)
+        if processes == 1 and cache_bytes <= PINNED_SHARE * host_free:
             return Plan(
                 "pinned",
                 f"{size} are too much for the GPU ({amount(device_free)} free) and fit in host "
