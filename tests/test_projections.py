@@ -226,15 +226,21 @@ class Memory:
 
 def test_only_on_the_cpu_as_it_is(tmp_path):
     model = model_of()
-    trainer = cached(model, tmp_path, tmp_path / "cache", hold_projections=True)
-    trainer.args.torch_compile = True
-    with pytest.raises(ValueError, match="True on 'cpu' with torch_compile=True and data"):
-        trainer._projections(None, None)
-    trainer.args.torch_compile, trainer.args.dataloader_num_workers = False, 2
-    with pytest.raises(ValueError, match="torch_compile=False and dataloader_num_workers=2, exp"):
-        trainer._projections(None, None)
-    trainer.hold_projections = None
-    assert trainer._projections(None, None) is None
+    opened, keys = filled(model, tmp_path / "cache")
+    trainer = cached(model, tmp_path, opened)
+    assert trainer._projections(opened, keys).of(keys) is not None
+    for name, value, words in (
+        ("torch_compile", True, "torch_compile=True and dataloader_num_workers=0, exp"),
+        ("dataloader_num_workers", 2, "torch_compile=False and dataloader_num_workers=2, exp"),
+    ):
+        before = getattr(trainer.args, name)
+        setattr(trainer.args, name, value)
+        trainer.hold_projections = True
+        with pytest.raises(ValueError, match=f"`hold_projections` is True on 'cpu' with {words}"):
+            trainer._projections(opened, keys)
+        trainer.hold_projections = None
+        assert trainer._projections(opened, keys) is None
+        setattr(trainer.args, name, before)
 
 
 def test_there_has_to_be_a_cache(tmp_path):
@@ -250,9 +256,13 @@ def test_no_texts(tmp_path):
 
 
 def test_several_processes_read_their_own_rows_alone(tmp_path, monkeypatch):
-    trainer = cached(model_of(), tmp_path, tmp_path / "cache")
+    model = model_of()
+    opened, keys = filled(model, tmp_path / "cache")
+    trainer = cached(model, tmp_path, opened)
     monkeypatch.setattr(type(trainer.args), "world_size", 2)
-    assert trainer._projections(None, None) is None
+    assert trainer._projections(opened, keys) is None
+    trainer.hold_projections = True  # asked for
+    assert trainer._projections(opened, keys) is not None
 
 
 def test_a_wrong_row_would_show(tmp_path):
