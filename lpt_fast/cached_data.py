@@ -104,7 +104,9 @@ class PendingBatch:
     def result(self) -> PackedBatch:
         """The batch; waits for it. What went wrong on the other thread is raised here."""
         if self._batch is None:
-            batch = replace(self._future.result()(), held=self.held)
+            batch = self._future.result()()
+            if self.held is not None:
+                batch = replace(batch, held=self.held)
             if self._device is not None:
                 batch = batch.to(self._device, non_blocking=True)
             self._batch = batch

@@ -164,8 +164,9 @@ def forward_packed(late, call: Call, rows: Rows, ids: Tensor | None):
     if late.graphs is not None:
         out = late.graphs.run(rows, context, positions, reads is not None, place)
     if out is None:
-        held = rows.held
-        fits = held is not None and held.fits(rows.buffer, plan.m)
+        held = None
+        if rows.held is not None and rows.held.fits(rows.buffer, plan.m):
+            held = rows.held.take(plan)
         out = run_packed(
             backbone,
             family,
@@ -175,7 +176,7 @@ def forward_packed(late, call: Call, rows: Rows, ids: Tensor | None):
             positions=positions,
             readout=reads is not None,
             place=place,
-            held=held.take(plan) if fits else None,
+            held=held,
         )
     if reads is None:
         last = rows.padded(out)

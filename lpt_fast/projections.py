@@ -7,6 +7,7 @@ token less. They take three times the memory of fp32 rows (with grouped heads le
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +20,11 @@ from .backbone.packed_attention import autocast_dtype
 from .backbone.packed_plan import Plan
 from .cache import ActivationCache
 from .cache.index import KeyTable
+from .cache.planner import amount, held_limit
 from .cached import layer_dtype
 from .packing import PackedBatch
+
+logger = logging.getLogger(__name__)
 
 TEXTS = 64  # that are projected together
 
@@ -83,11 +87,10 @@ class Projections:
         self._keys = KeyTable(keys)
         ends = lengths.cumsum()
         self._begins = torch.from_numpy(ends - lengths)
-        self.m = late.active_config.num_virtual_tokens
         self.bytes, self.kind, tables = 0, (), None
         for first in range(0, len(rows), TEXTS):
             own = slice(first, first + TEXTS)
-            made, kind = _project(late, cache, rows[own], self.m)
+            made, kind = _project(late, cache, rows[own])
             if tables is None:
                 self.bytes = int(ends[-1]) * sum(x[0].nbytes for x in made)
                 if limit is not None and self.bytes > limit:
@@ -126,9 +129,46 @@ def why_not(late, longest: int) -> str | None:
     return why_padded(late.backbone, late.family, k, longest + m, True)
 
 
+def hold(
+    late, cache: ActivationCache, keys: np.ndarray, args, wanted: bool | None
+) -> Projections | None:
+    """Projections of the training texts of LPTTrainer; None where they are not held.
+
+    Args:
+        late, cache, keys: as of Projections.
+        args: TrainingArguments.
+        wanted: True: whatever they take; False: never; None: where they are of use and there is
+            room.
+
+    Raises:
+        ValueError: they were asked for and cannot be held.
+    """
+    # (Worker processes make batches without: what is held stays in this one.)
+    workers, compiles = args.dataloader_num_workers, args.torch_compile
+    here = args.device.type == "cpu" and not compiles and not workers
+    # (One of several processes sees a part of the texts in an epoch, and would hold all.)
+    if wanted is False or (wanted is None and not (here and args.world_size == 1)):
+        return None
+    if not here:
+        raise ValueError(
+            f"`hold_projections` is True on {args.device.type!r} with torch_compile={compiles} and "
+            f"dataloader_num_workers={workers}, expected the CPU without them; leave it out."
+        )
+    try:
+        held = Projections(late, cache, keys, held_limit() if wanted is None else None)
+    except ValueError as error:
+        if wanted:
+            raise
+        logger.info("%s", error)
+        return None
+    logger.info("Projections of the training texts are held: %s.", amount(held.bytes))
+    return held
+
+
 @torch.no_grad()
-def _project(late, cache, rows: np.ndarray, m: int) -> tuple[tuple[Tensor, ...], tuple]:
-    k = late.active_config.insertion_layer
+def _project(late, cache, rows: np.ndarray) -> tuple[tuple[Tensor, ...], tuple]:
+    config = late.active_config
+    k, m = config.insertion_layer, config.num_virtual_tokens
     batch: PackedBatch = cache.read(rows, dtype=layer_dtype(late, k))
     positions = None
     if late.family.takes_positions:

@@ -16,7 +16,6 @@ from transformers.utils.generic import find_labels
 
 from .cache import ActivationCache
 from .cache.errors import CacheBusyError
-from .cache.planner import amount, held_limit
 from .cache.rows import TextRules
 from .cached import CACHED, layer_dtype
 from .cached_data import (
@@ -35,7 +34,7 @@ from .counted import CountedTraining
 from .graphs import UpperGraphs
 from .late_prompt import LatePrompt
 from .packing import PackedBatch
-from .projections import Projections
+from .projections import Projections, hold
 from .readout import READOUT
 
 logger = logging.getLogger(__name__)
@@ -332,31 +331,9 @@ class LPTTrainer(CountedTraining, Trainer):
         Raises:
             ValueError: they were asked for and cannot be held.
         """
-        wanted, args = self.hold_projections, self.args
-        # (Worker processes make batches without: what is held stays in this one.)
-        workers, compiles = args.dataloader_num_workers, args.torch_compile
-        here = args.device.type == "cpu" and not compiles and not workers
-        # (One of several processes sees a part of the texts in an epoch, and would hold all.)
-        if wanted is False or (wanted is None and not (here and args.world_size == 1)):
-            return None
-        try:
-            if not here:
-                raise ValueError(
-                    f"`hold_projections` is True on {args.device.type!r} with torch_compile="
-                    f"{compiles} and dataloader_num_workers={workers}, expected the CPU without "
-                    "them; leave it out."
-                )
-            limit = held_limit() if wanted is None else None
-            self.model.train()  # as the loop will: dropout that is active counts
-            with self.accelerator.autocast():  # as around the model in each step
-                held = Projections(self._late_prompt, cache, keys, limit)
-        except ValueError as error:
-            if wanted:
-                raise
-            logger.info("%s", error)
-            return None
-        logger.info("Projections of the training texts are held: %s.", amount(held.bytes))
-        return held
+        self.model.train()  # as the loop will: dropout that is active counts
+        with self.accelerator.autocast():  # as around the model in each step
+            return hold(self._late_prompt, cache, keys, self.args, self.hold_projections)
 
     def _let_go(self) -> None:
         """Projections serve one training; its DataLoader outlives it."""

@@ -154,7 +154,7 @@ def test_of_no_use(tmp_path, config, words, caplog):
     trainer = cached(model, tmp_path, tmp_path / "cache", hold_projections=True)
     with pytest.raises(ValueError, match=f"of no use, expected layers that .*{words}"):
         trainer.train()
-    caplog.set_level(logging.INFO, logger="lpt_fast.trainer")
+    caplog.set_level(logging.INFO, logger="lpt_fast.projections")
     cached(model, tmp_path, tmp_path / "cache", num_train_epochs=1).train()
     assert words in caplog.text
 
@@ -167,7 +167,7 @@ def test_training(tmp_path, projected, workers, half, caplog):
     """Held and not held, in fp32 and under the Trainer's autocast: one training. Worker processes
     make batches without, so nothing is held for them.
     """
-    caplog.set_level(logging.INFO, logger="lpt_fast.trainer")
+    caplog.set_level(logging.INFO, logger="lpt_fast.projections")
     weights, prompts = {}, 8 * 3
     for hold in (None if workers else True, False, None):
         model = model_of()
@@ -214,7 +214,7 @@ def test_nothing_is_held_after_training(tmp_path, monkeypatch):
 
 def test_no_room(tmp_path, monkeypatch, projected, caplog):
     monkeypatch.setattr(planner.psutil, "virtual_memory", lambda: Memory())
-    caplog.set_level(logging.INFO, logger="lpt_fast.trainer")
+    caplog.set_level(logging.INFO, logger="lpt_fast.projections")
     model = model_of()
     cached(model, tmp_path, tmp_path / "cache", num_train_epochs=1).train()
     assert "Projections of 32 texts take " in caplog.text and 24 not in projected

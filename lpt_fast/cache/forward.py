@@ -15,7 +15,7 @@ from .rows import Text
 
 # Tokens of a batch, padding counted: large enough to keep the device busy, small enough that the
 # three batches that the writer may hold are no matter; on a CPU, that a batch stays in its caches
-# (with 4096, D = 384, the layers took 7 % longer).
+# (bench/results/cluster.md has what it is worth).
 BATCH_TOKENS = {"cuda": 32768, "cpu": 1024}
 
 
