@@ -16,7 +16,7 @@ import torch
 
 from .cache_data import Figure, require, temporary
 from .train_data import Texts
-from .train_models import HELD, LATE, OURS, Rows, Zoo
+from .train_models import LATE, ONLY_ON, OURS, Rows, Zoo
 from .train_rows import fill_cache
 
 EXACT, TIMES = 1e-5, 2.0
@@ -54,7 +54,7 @@ def errors(who: str, found: tuple[float, dict], reference: tuple[float, dict]) -
 def check_late(zoo: Zoo, texts: Texts, k: int, timed: Rows, batch: np.ndarray) -> Iterator[Figure]:
     """Our ways against the recipe, on one batch."""
     half = zoo.dtype == "bf16"
-    ours = [name for name in OURS if name != HELD or zoo.device == "cpu"]
+    ours = [name for name in OURS if ONLY_ON.get(name, zoo.device) == zoo.device]
     reference = zoo.contestant("recipe", k, texts, exact=True).gradients(batch)
     allowed = dict.fromkeys(("loss", "generator", "head"), EXACT)
     with temporary() as folder:

@@ -28,6 +28,7 @@ from transformers import (
 from lpt_fast import LPTConfig
 from lpt_fast.backbone.families import find_backbone, head_modules
 from lpt_fast.cache import ActivationCache
+from lpt_fast.graphs import UpperGraphs
 from lpt_fast.projections import Projections
 from lpt_fast.trainer import find_late_prompt
 from lpt_fast.training import LEARNING_RATES, PROMPT_TUNING_TOKENS
@@ -50,10 +51,14 @@ LATE = {
     "uncached": ("packed", False),
     "cached": ("padded", True),
     "cached_packed": ("packed", True),
+    "cached_graphs": ("packed", True),
     "cached_held": ("packed", True),
 }
-OURS = ("uncached", "cached", "cached_packed", "cached_held")
+OURS = ("uncached", "cached", "cached_packed", "cached_graphs", "cached_held")
+GRAPHS = "cached_graphs"  # the same by CUDA graphs (lpt_fast/graphs.py)
 HELD = "cached_held"  # the same with projections held in memory (lpt_fast/projections.py)
+# Who runs on one kind of device alone.
+ONLY_ON = {GRAPHS: "cuda", HELD: "cpu"}
 OTHERS = ("prompt_tuning", "lora", "lora_bf16", "full", "head")
 # With --dtype bf16 everything runs under bf16 autocast. These hold their frozen weights in bf16
 # besides (what trains is fp32), as one may whose weights are frozen.
@@ -63,8 +68,7 @@ HALF = {"recipe_bf16", "lora_bf16", "head", *OURS}
 def contestants_of(dtype: str, device: str) -> list[tuple[str, bool]]:
     """Names, and whether there is one for each k."""
     names = [n for n in (*LATE, *OTHERS) if dtype == "bf16" or not n.endswith("_bf16")]
-    if device == "cuda":
-        names.remove(HELD)  # which is for CPUs
+    names = [n for n in names if ONLY_ON.get(n, device) == device]
     return [(name, name in LATE) for name in names]
 
 
@@ -103,6 +107,11 @@ class Contestant:
 
     def trained(self) -> Iterator[tuple[str, Tensor]]:
         return ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
+
+    @property
+    def graphs(self):
+        """Its UpperGraphs, None where it runs without."""
+        return find_late_prompt(self.model).graphs if self.name == GRAPHS else None
 
     @property
     def trainable(self) -> int:
@@ -209,7 +218,12 @@ class Zoo:
 
     @cached_property
     def template(self) -> nn.Module:
-        """The classifier as it is before anybody trains it, on the CPU in fp32."""
+        """The classifier as it is before anybody trains it, in fp32, where the others will be: no
+        copy goes through the host.
+        """
+        return self._made().to(self.place)
+
+    def _made(self) -> nn.Module:
         no_dropout = {
             "hidden_dropout_prob": 0.0,
             "attention_probs_dropout_prob": 0.0,
@@ -316,6 +330,9 @@ class Zoo:
             if parameter.requires_grad and half:
                 parameter.data = parameter.data.float()
         model.train()
+        if name == GRAPHS:
+            late = find_late_prompt(model)
+            late.graphs = UpperGraphs(late)
         if name == HELD and rows is not None:
             with torch.autocast(self.device, autocast, enabled=autocast is not None):
                 rows = rows.hold(model)

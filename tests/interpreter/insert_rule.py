@@ -42,6 +42,7 @@ __all__ = [
     "make_hidden",
     "make_weights",
     "normal",
+    "on_device",
     "packed_rows",
     "poisoned_memory",
     "results",
@@ -69,6 +70,15 @@ def poisoned_memory(monkeypatch):
 def normal(*shape, dtype=F32, device="cpu", seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+def on_device(x, device):
+    """A tensor with the strides that it has (`.to` makes it dense); one on "meta" stays there."""
+    if x.is_meta:
+        return x
+    size = x.untyped_storage().nbytes() // x.element_size()
+    flat = x.as_strided((size,), (1,), 0).to(device)
+    return flat.as_strided(x.size(), x.stride(), x.storage_offset())
 
 
 def whole(kind, lengths, m, D, r, dtype, device="cpu", seed=0):

@@ -428,7 +428,8 @@ def test_activations_of_tensors_that_are_not_contiguous(dtype, device):
     for x in (wide[:, 3:27], wide[::2, :24], wide.t()[:, :4], wide[0].expand(3, 70), wide[0]):
         check_act(x, "gelu")
         check_gated(x, "silu")
-        check_gated(x[..., :4], "silu", packed=True)
+        # (All that there is: of few elements PyTorch may by chance have no error at all.)
+        check_gated(x[..., : x.shape[-1] // 2 * 2], "silu", packed=True)
     x = wide[:, :48].view(2, 3, 2, 24).transpose(0, 2)
     check_act(x, "gelu_tanh")
     check_gated(x, "gelu", packed=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from insert_rule import on_device
 from lpt_kernels import gather
 from lpt_kernels.gather import (
     BLOCK_B,
@@ -35,6 +36,10 @@ def fp8_quantise(x):
     """fp32 [N, D] -> e4m3fn codes, token_scale [N]."""
     token = x.abs().amax(1).clamp_min(1e-6) / 448
     return (x / token[:, None]).to(E4M3), token
+
+
+def moved(x, device):
+    return on_device(x, device) if isinstance(x, torch.Tensor) else x
 
 
 def make_store(kind, d, device, lengths=LENGTHS, seed=0):
@@ -310,11 +315,8 @@ def test_recorded_with_meta_tensors(device):
     ],
 )
 def test_a_bad_store_is_refused(kind, parts, message, device):
-    def moved(x):
-        return x if x is None or x.is_meta else x.to(device)
-
     good = vars(make_store(kind, 24, device))
-    bad = Store(**(good | {name: moved(x) for name, x in parts.items()}))
+    bad = Store(**(good | {name: moved(x, device) for name, x in parts.items()}))
     for call in (bad.check, lambda: gather_rows(bad, torch.tensor([0], device=device))):
         with pytest.raises(ValueError, match=message):
             call()
@@ -347,10 +349,8 @@ def test_a_bad_store_is_refused(kind, parts, message, device):
 )
 def test_bad_arguments_are_refused(given, message, device):
     store = make_store("bf16", 24, device)
-    given = {
-        name: x.to(device) if isinstance(x, torch.Tensor) and not x.is_meta else x
-        for name, x in ({"index": torch.tensor([0, 2])} | given).items()
-    }
+    given = {"index": torch.tensor([0, 2])} | given
+    given = {name: moved(x, device) for name, x in given.items()}
     with pytest.raises(ValueError, match=message):
         gather_rows(store, **given)
 
