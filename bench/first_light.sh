@@ -22,7 +22,7 @@ for part in $parts; do
         exit 2 ;;
     esac
 done
-device=cuda headline=roberta-large-32k-m20-sst2 small=minilm-1k-m5-trec providers=eager,triton quick=()
+device=cuda headline=roberta-large-32k-m20-sst2 small=minilm-1k-m5-trec providers=eager,varlen,triton quick=()
 if [ "$dry" = 1 ]; then
     device=cpu headline=tiny-256-m5-trec small=tiny-256-m5-trec providers=eager quick=(--quick)
 elif ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
@@ -57,7 +57,7 @@ step env 40 bash -c 'nvidia-smi -L; nvidia-smi --query-gpu=driver_version,memory
 # time goes to Triton's compilations. Nothing is timed here; what is timed below finds its kernels compiled.
 check() {
     local bench=("$python" -m bench.kernels --device $device --provider $providers --check-only "${quick[@]}")
-    local groups=('insert_npg*,insert_static*' 'insert_appg*' 'insert_mppg*' 'insert_into_*,insert_padded_*' 'gather_*' '*norm*,gelu*,silu*')
+    local groups=('insert_npg*,insert_static*' 'insert_appg*' 'insert_mppg*' 'insert_into_*,insert_padded_*' 'gather_*' '*norm*,gelu*,silu*,attention.*')
     for dtype in bf16 fp32 fp16; do
         for i in "${!groups[@]}"; do
             "${bench[@]}" --dtype $dtype --shape $small --op "${groups[$i]}" >"$out/logs/check_${dtype}_$i.txt" 2>&1 &
@@ -79,7 +79,7 @@ TAIL=30 step check 110 bash -c "quick=(${quick[*]:-}); check"
 # Operators beside a copy and eager PyTorch.
 bench=("$python" -m bench.kernels --device $device "${quick[@]}" --out "$out/kernels.jsonl")
 TAIL=20 step kernels 90 "${bench[@]}" --provider $providers --limit 75 --seconds 0.2 --repeats 15 --shape $headline \
-    --op 'copy,insert_npg.*,insert_appg.*,insert_mppg.*,insert_static.*,gather_plain.fwd,gelu.*,layer_norm.*'
+    --op 'copy,insert_npg.*,insert_appg.*,insert_mppg.*,insert_static.*,gather_plain.fwd,gelu.*,layer_norm.*,attention.*'
 
 # Training steps.
 TAIL=50 step train 150 "$python" -m bench.train_steps --device $device --out "$out/train.jsonl" --profiles "$out/logs" --host "$out/logs"

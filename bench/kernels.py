@@ -31,7 +31,7 @@ from .shapes import DEFAULTS, QUICK, Shape, shape_of
 
 RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PROVIDERS = ("eager", "compile", "triton")
+PROVIDERS = ("eager", "compile", "varlen", "triton")
 
 
 def interpreted() -> bool:
@@ -48,7 +48,10 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     add("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     add("--op", default="*", help=f"of {', '.join(OPERATORS)}")
     add("--shape", help="MODEL-TOKENS-mPROMPTS-TASK; default: all of the device's default shapes")
-    add("--provider", help="of eager, compile, triton; default on the CPU: without compile")
+    add(
+        "--provider",
+        help="of eager, compile, varlen (attention alone), triton; default on the CPU: eager, triton",
+    )
     add("--dtype", help="of bf16, fp16, fp32; default bf16, on the CPU fp32")
     add("--repeats", type=int, default=30, help="rounds, at most")
     add("--seconds", type=float, default=0.5, help="of timing for each contestant, at most")
@@ -86,8 +89,10 @@ def providers_of(operator: Operator, options) -> dict[str, object]:
     gate needs its error.
     """
     functions = dict(operator.functions)
-    if options.device == "cpu" and not interpreted():
-        functions.pop("triton", None)
+    if options.device == "cpu":
+        functions.pop("varlen", None)
+        if not interpreted():
+            functions.pop("triton", None)
     if operator.name != "copy" and _matches("compile", options.provider):
         functions["compile"] = _compiled(functions["eager"])
     return {

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import frozen_ops, gather_ops, insert_ops
+from . import attention_ops, frozen_ops, gather_ops, insert_ops
 from .case import Inputs, Operator, normal
 
 
@@ -39,6 +39,7 @@ def _operators():
     yield from insert_ops.operators()
     yield from gather_ops.operators()
     yield from frozen_ops.operators()
+    yield from attention_ops.operators()
 
 
 OPERATORS: dict[str, Operator] = {operator.name: operator for operator in _operators()}

@@ -68,6 +68,14 @@ def launch(kernel, grid: tuple[int, ...], *, num_warps: int = 4, num_stages: int
         kernel[grid](**args, num_warps=num_warps, num_stages=num_stages)
 
 
+def precision_of(dtype: torch.dtype) -> str:
+    """What PyTorch's own setting for fp32 products asks of tl.dot."""
+    setting = torch.get_float32_matmul_precision() if dtype == torch.float32 else "highest"
+    if torch.version.hip is not None:
+        return "ieee"
+    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[setting]
+
+
 # Plain Python, for torch.compile cannot look into triton.cdiv and triton.next_power_of_2.
 
 

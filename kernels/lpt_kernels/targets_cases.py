@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from . import frozen, gather, insert
+from . import attention, frozen, gather, insert
 
 CASES: dict[str, Callable[[], object]] = {}
 
@@ -72,6 +72,22 @@ def _gather(width, dtype, stored=None):
     )
     index = meta(EXAMPLES, dtype=torch.int64)
     gather.gather_rows(store, index, PROMPT, total=TOKENS, dtype=dtype)
+
+
+# Decoders share keys and values between heads.
+HEADS = {
+    "MiniLM bf16": (12, 12, 32, torch.bfloat16),
+    "RoBERTa-large bf16": (16, 16, 64, torch.bfloat16),
+    "RoBERTa-large fp16": (16, 16, 64, torch.float16),
+    "Llama of 1B bf16": (32, 8, 64, torch.bfloat16),
+}
+
+
+@case("attention", HEADS)
+def _attention(heads, kv_heads, size, dtype):
+    q, k, v = (meta(TOKENS, n * size, dtype=dtype, grad=True) for n in (heads, kv_heads, kv_heads))
+    how = dict(heads=heads, kv_heads=kv_heads, scale=size**-0.5, causal=heads != kv_heads)
+    backward(attention.attend(q, k, v, lengths(), 173, **how))
 
 
 @case("layer_norm after a linear layer")

@@ -1,9 +1,9 @@
 """Attention over packed texts: each row sees rows of its own text, whatever else is in the batch.
 
-Three ways, equal up to rounding. On the CPU, short texts: padded groups of texts of like length
+Four ways, equal up to rounding. On the CPU, short texts: padded groups of texts of like length
 and batched matrix products in fp32, whose backward can stop at the prompt rows. On CUDA in half
-precision: PyTorch's variable-length kernel. Else: padded groups and
-`scaled_dot_product_attention`.
+precision: kernels of our own for short texts (lpt_kernels.attention), PyTorch's variable-length
+kernel for long ones. Else: padded groups and `scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..insertion_checks import choose_impl
 from .packed_plan import Group, Plan
 
 # Longest texts for which scores of a whole text are kept; above, the memory would hurt.
@@ -276,9 +277,17 @@ def attend(
         [N, H d].
     """
     arguments = (q, k, v, plan, heads, kv_heads, scale, causal)
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    size = q.shape[1] // heads
+    if choose_impl("auto", q) == "triton" and (half or not q.is_cuda):
+        from lpt_kernels import attention
+
+        if attention.takes(plan.rows, plan.texts, plan.size, size):
+            how = dict(heads=heads, kv_heads=kv_heads, scale=scale, causal=causal)
+            most = plan.m if prompt_only else None
+            return attention.attend(q, k, v, plan.cu_seqlens, plan.size, most=most, **how)
     if not q.is_cuda and q.dtype == k.dtype == v.dtype and plan.size <= PRODUCTS_UP_TO:
         return _Products.apply(*arguments, prompt_only)
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    if q.is_cuda and half and q.shape[1] // heads % 8 == 0 and _varlen() is not None:
+    if q.is_cuda and half and size % 8 == 0 and _varlen() is not None:
         return _by_varlen(*arguments)
     return _by_sdpa(*arguments)
