@@ -50,7 +50,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     add("--shape", help="MODEL-TOKENS-mPROMPTS-TASK; default: all of the device's default shapes")
     add(
         "--provider",
-        help="of eager, compile, varlen (attention alone), triton; default on the CPU: eager, triton",
+        help="of eager, compile, varlen, triton; default: all that run there",
     )
     add("--dtype", help="of bf16, fp16, fp32; default bf16, on the CPU fp32")
     add("--repeats", type=int, default=30, help="rounds, at most")

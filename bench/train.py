@@ -1,8 +1,8 @@
 """python -m bench train: what a training step costs with a late prompt, with and without the cache,
 beside the authors' recipe, LoRA, prompt tuning, full fine-tuning and a head alone.
 
-All read the same batches, in turns; all must first pass the gate (train_gate.py), else there is no
-figure and the program ends with an error.
+All read the same batches, in turns; who does not first pass the gate (train_gate.py) gets no
+figure, and the program ends with an error that says why.
 """
 
 from __future__ import annotations

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .cache_data import Figure, Source, temporary
+from .cache_data import Figure, Source, WrongResult, temporary
 from .timing import percentiles
 from .train import payback, target_of
 from .train_data import drawn_texts, padding_ratio, plan_batches, real_texts
 from .train_flops import matmul_rate, necessary_flops
-from .train_gate import check_late, check_others
+from .train_gate import LateGate, check_other
 from .train_memory import LOAD, LOAD_HALF, peak_bytes, write_job
 from .train_models import HALF, HELD, LATE, OURS, Contestant, Zoo, contestants_of
 from .train_rows import Filled, fill_cache, fill_features
@@ -36,6 +36,7 @@ class Bench:
 
     def __init__(self, settings: Settings):
         self.settings = s = settings
+        self.wrong: list[str] = []  # what is said of contestants that failed the gate
         if s.data is None:
             self.texts = drawn_texts(s.task, s.rows, s.seed)
         else:
@@ -128,6 +129,8 @@ class Bench:
             yield from self._paybacks(contestants)
             if self.settings.batch_tokens:
                 yield from self._shares(contestants)
+        if self.wrong:
+            raise WrongResult("; ".join(self.wrong))
 
     def _batch_figures(self) -> Iterator[Figure]:
         lengths, timed = self.texts.lengths, self.batches[self.settings.warmup :]
@@ -165,11 +168,25 @@ class Bench:
         )
 
     def _gate(self) -> Iterator[Figure]:
+        """Those that fail it, or break in it, leave `self._who` and are named in `self.wrong`."""
         batch = self._gate_batch
-        for k in self.settings.layers:
-            yield from check_late(self.zoo, self.texts, k, self.filled[k].rows, batch)
-        names = [name for name, k in self._who if k is None]
-        yield from check_others(self.zoo, self.texts, self.features.rows, batch, names)
+        gates = {
+            k: LateGate(self.zoo, self.texts, k, self.filled[k].rows, batch)
+            for k in self.settings.layers
+        }
+        for name, k in list(self._who):
+            if k is None:
+                figures = check_other(self.zoo, self.texts, self.features.rows, batch, name)
+            elif name in OURS:
+                figures = gates[k].check(name)
+            else:
+                continue
+            try:
+                yield from list(figures)
+            except Exception as error:  # a contestant that breaks must not end the run
+                known = isinstance(error, WrongResult)
+                self.wrong.append(str(error) if known else f"{name}: {error!r}")
+                self._who.remove((name, k))
 
     def _rows_of(self, name: str, k: int | None):
         if name == "head":
@@ -366,7 +383,8 @@ class Bench:
             k = self.settings.layers[0]
             self._fill(k)
             rows = self.filled[k].rows
-            yield from check_late(self.zoo, self.texts, k, rows, self._gate_batch)
+            gate = LateGate(self.zoo, self.texts, k, rows, self._gate_batch)
+            yield from gate.check("cached_packed")
             contestant = self.zoo.contestant("cached_packed", k, self.texts, rows)
             for batch in self.batches[: self.settings.warmup]:
                 self._timed(contestant, batch)

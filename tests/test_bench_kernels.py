@@ -311,11 +311,23 @@ def test_the_kernels_pass_the_gate_in_the_interpreter():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_gpu_sh_says_that_there_is_no_gpu(tmp_path):
-    env = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path / "out")}
-    script = str(HERE.parent / "bench" / "gpu.sh")
-    done = subprocess.run([script], capture_output=True, text=True, env=env)
+def test_first_light_without_a_gpu(tmp_path):
+    script = str(HERE.parent / "bench" / "first_light.sh")
+
+    def call(*parts, **more):
+        env = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path / "out")} | more
+        return subprocess.run([script, *parts], capture_output=True, text=True, env=env)
+
+    done = call()
     assert done.returncode == 2 and "No CUDA device was found" in done.stdout
     assert not (tmp_path / "out").exists()
+    done = call("train", "speed")
+    assert done.returncode == 2 and "got the part 'speed', expected one of env" in done.stdout
+    # One that fails does not keep the next from its turn.
+    done = call("env", "report", DRY="1")
+    assert done.returncode == 1 and "Parts that failed: report (1)" in done.stdout, done.stdout
+    assert "'machine'" in done.stdout and (tmp_path / "out" / "logs.tar.gz").exists()
+    done = call("kernels", "report", DRY="1", OMP_NUM_THREADS="1")
+    assert done.returncode == 0 and "insert_npg.fwd" in done.stdout, done.stdout + done.stderr
     code, said = run(tmp_path / "none.jsonl", "--device", "cuda")
     assert code == 2 and "No CUDA device was found" in said
