@@ -54,7 +54,8 @@ class Bucket:
         width, dtype: of a row.
         readout: whether one token of each text is read.
         placed: whether that may be another one than the first.
-        causal, rotary: whether there are contexts; positions.
+        causal: whether there are contexts.
+        rotary: whether there are positions other than the rows' places in their texts.
         autocast: what autocast makes of products inside; None: it is off.
     """
 
@@ -78,7 +79,7 @@ class Bucket:
         return (
             torch.zeros(total, self.width, dtype=self.dtype, device=device),
             torch.zeros(self.texts + 1, dtype=torch.int32, device=device),
-            torch.zeros(self.texts, 2, dtype=torch.int32, device=device) if self.causal else None,
+            torch.zeros(self.texts, dtype=torch.int32, device=device) if self.causal else None,
             torch.zeros(total, **own) if self.rotary else None,
             torch.zeros(self.texts, **own) if self.placed else None,
         )
@@ -98,14 +99,14 @@ class UpperRows(nn.Module):
         self.bucket = bucket
         self.generator = late.lpt_generator[bucket.adapter]
 
-    def forward(self, buffer, cu_seqlens, context, positions, place) -> Tensor:
+    def forward(self, buffer, cu_seqlens, context_ends, positions, place) -> Tensor:
         """As `forward_packed` in packed_forward.py, with filler texts behind the batch.
 
         Args:
             buffer: [N, D], zeros behind the batch.
             cu_seqlens: int32 [B + 1] of the batch.
-            context: int32 [B, 2], or None.
-            positions: int64 [N], any behind the batch, or None.
+            context_ends: int32 [B], the first tokens that prompts are made from, or None: all.
+            positions: int64 [N], any behind the batch, or None: places in the texts.
             place: int64 [B], or None.
 
         Returns:
@@ -118,13 +119,15 @@ class UpperRows(nn.Module):
         end = cu_seqlens[-1:]
         ends = end + (bucket.tokens - end) * number // bucket.fillers
         whole = torch.cat((cu_seqlens, ends))
+        context = None
         if bucket.causal:
-            lengths = torch.cat((end, ends)).diff()
-            filler = torch.stack((torch.zeros_like(lengths), lengths), 1)
-            context = torch.cat((context, filler))
+            last = torch.cat((context_ends, torch.cat((end, ends)).diff()))
+            context = torch.stack((torch.zeros_like(last), last), 1)
         if bucket.placed:
             place = torch.cat((place, place.new_zeros(bucket.fillers)))
         plan = Plan(whole, bucket.size, config.num_virtual_tokens, len(buffer))
+        if positions is None and late.family.takes_positions:
+            positions = plan.places_in_text
         casts = bucket.autocast is not None
         # (No cache: what is cast in a graph is made anew by each replay.)
         how = {"dtype": bucket.autocast, "enabled": casts, "cache_enabled": False}
@@ -224,17 +227,16 @@ class UpperGraphs:
             readout=readout,
             placed=readout and place is not None,
             causal=late.family.causal,
-            rotary=late.family.takes_positions,
+            rotary=late.family.takes_positions and rows.positions is not None,
             autocast=autocast,
         )
 
-    def run(self, rows, context, positions, readout: bool, place) -> Tensor | None:
+    def run(self, rows, context_ends, readout: bool, place) -> Tensor | None:
         """The output rows by a graph; None where the batch has none and must run by itself.
 
         Args:
             rows: the batch, a packed_forward.Rows.
-            context: int32 [B, 2] of decoders.
-            positions: int64 [N] of rotary models.
+            context_ends: int32 [B] of decoders, as of `UpperRows`.
             readout, place: whether one token is read of each text, int64 [B] (None: the first).
         """
         late = self._late
@@ -253,7 +255,7 @@ class UpperGraphs:
             self._seen[bucket] += 1
             if self._seen[bucket] <= WORTH or bucket in self._refused:
                 return None
-        values = (context, positions, place)
+        values = (context_ends, rows.rotary_positions() if bucket.rotary else None, place)
         if passes is None:
             passes = self._make(bucket, rows, values, trained)
         else:
@@ -314,13 +316,13 @@ class UpperGraphs:
         return self._made[bucket]
 
 
-def _fill(inputs: tuple[Tensor | None, ...], rows, context, positions, place) -> None:
-    """Puts a batch where its graph reads; arguments as of `UpperGraphs.run`."""
+def _fill(inputs: tuple[Tensor | None, ...], rows, context_ends, positions, place) -> None:
+    """Puts a batch where its graph reads; arguments as of `UpperRows`."""
     count = rows.plan.rows
     buffer, cu_seqlens, *others = inputs
     buffer[:count].copy_(rows.buffer)
     buffer[count:].zero_()  # an earlier batch's rows may hold NaN
     cu_seqlens.copy_(rows.cu_seqlens)
-    for static, value in zip(others, (context, positions, place), strict=True):
+    for static, value in zip(others, (context_ends, positions, place), strict=True):
         if static is not None:
             static[: len(value)].copy_(value)

@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from lpt_fast import LPTTrainer, graphs
 from lpt_fast.backbone.families import find_backbone
+from lpt_fast.backbone.packed_blocks import PostNormBlock
 from lpt_fast.graph_passes import NoRoom
 from lpt_fast.graphs import UpperGraphs
 
@@ -47,6 +48,43 @@ def test_a_bucket_gives_the_same(family, head, generator, monkeypatch):
         assert_same(outcome(model, "packed", at, cached_hidden=rows, **labels), expected)
     # Texts of up to 12: two divide the 8.
     assert seen[0][0] == (32 + 7 * M, 32) and late.graphs.replayed == 2
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "qwen3"])
+def test_a_chosen_token_is_read(family, monkeypatch):
+    head = "MASKED_LM" if family == "bert" else "CAUSAL_LM"
+    base, model = pair(family, head)
+    still(model)
+    inputs = batch()
+    place = torch.tensor([8, 2, 5, 0, 1])
+    columns = torch.arange(9) == place[:, None]
+    labels = torch.where(columns, 7, -100)
+    labels[3] = -100  # (a context needs a token before the answer)
+    rows = cached(base, inputs, room=M)
+    late, seen = with_graphs(model, monkeypatch)
+    call = {"cached_hidden": rows, "readout": place, "labels": labels}
+    late.graphs, held = None, late.graphs
+    expected = outcome(model, "packed", **call)
+    late.graphs = held
+    for _ in range(2):
+        assert_same(outcome(model, "packed", **call), expected)
+    assert seen[0][4] == (5,) and held.replayed == 2
+
+
+def test_positions_of_the_callers_own(monkeypatch):
+    base, model = pair("qwen3", "SEQ_CLS")
+    still(model)
+    inputs = batch()
+    positions = torch.arange(9).expand(5, 9) + torch.tensor([[0], [3], [7], [1], [2]])
+    late, seen = with_graphs(model, monkeypatch)
+    held = late.graphs
+    for given in (positions, None, positions + 1):
+        rows = cached(base, inputs, room=M, positions=given)
+        late.graphs = None
+        expected = outcome(model, "packed", cached_hidden=rows)
+        late.graphs = held
+        assert_same(outcome(model, "packed", cached_hidden=rows), expected)
+    assert len(held) == 2 and [x[3] is None for x in seen] == [False, True]
 
 
 def test_batches_of_like_size_share_a_graph(monkeypatch):
@@ -104,14 +142,14 @@ def test_a_nan_stays_in_its_batch(monkeypatch):
     base, model = pair("bert", "TOKEN_CLS")
     late, _ = with_graphs(still(model), monkeypatch)
     late.upper = "packed"
-    long, short = (cached(base, batch(lengths=n), room=M) for n in ((9, 4, 7), (9, 3, 6)))
-    long.hidden[-3:] = float("nan")
-    for rows in (long, short):
+    long, short = (cached(base, batch(lengths=n), room=M) for n in ((9, 4, 9), (9, 3, 4)))
+    long.hidden[-5:] = float("nan")
+    for given in (long, short):
         model.zero_grad()
-        loss = model(cached_hidden=rows).logits.sum()
+        loss = model(cached_hidden=given).logits.sum()
         loss.backward()
         grads = [p.grad for p in late.lpt_generator.parameters()]
-        assert bool(loss.isnan()) == any(bool(g.isnan().any()) for g in grads) == (rows is long)
+        assert bool(loss.isnan()) == any(bool(g.isnan().any()) for g in grads) == (given is long)
     assert len(late.graphs) == 1 and late.graphs.replayed == 2
 
 
@@ -221,7 +259,14 @@ def test_under_autocast(family, weights, monkeypatch):
     base, model = pair(family, "SEQ_CLS", weights)
     still(model)
     late, _ = with_graphs(model, monkeypatch)
-    held, errors = late.graphs, {}
+    held, errors, within = late.graphs, {}, []
+    own = PostNormBlock.project_backward
+
+    def backward(*given):
+        within.append(torch.is_autocast_enabled("cpu"))
+        return own(*given)
+
+    monkeypatch.setattr(PostNormBlock, "project_backward", backward)
     rows = cached(base, inputs, room=M)
     for way in ("plain", "graphs", "again"):
         late.graphs = None if way == "plain" else held
@@ -234,6 +279,8 @@ def test_under_autocast(family, weights, monkeypatch):
     (bucket,) = held._made
     assert bucket.autocast == (None if weights == torch.bfloat16 else torch.bfloat16)
     assert held.replayed == 2
+    if family == "bert":
+        assert within == [True] + 3 * [weights == torch.float32]
     # (A step without autocast is another bucket.)
     if weights == torch.float32:
         outcome(model, "packed", cached_hidden=rows, **labels)
@@ -243,7 +290,7 @@ def test_under_autocast(family, weights, monkeypatch):
 @pytest.mark.parametrize("error", [RuntimeError("no capture"), NoRoom("little memory")])
 def test_what_cannot_be_captured_runs_as_ever(error, monkeypatch, caplog):
     base, model = pair("bert", "SEQ_CLS")
-    late, seen = with_graphs(still(model), monkeypatch)
+    late, _ = with_graphs(still(model), monkeypatch)
     calls = []
 
     def fails(*given):
