@@ -98,10 +98,9 @@ class Rows:
         """int64 [N]: the prompt takes the places of the first m tokens, the text moves up by m."""
         B, S = self.shape
         plan, m = self.plan, self.plan.m
-        positions = self.positions
-        if positions is None:
-            positions = torch.arange(S, device=plan.device)[None]
-        own = positions.expand(B, S).reshape(-1).index_select(0, self.flat)  # [T]
+        if self.positions is None:
+            return plan.places_in_text
+        own = self.positions.expand(B, S).reshape(-1).index_select(0, self.flat)  # [T]
         out = own.new_empty(plan.rows)
         out[plan.text_rows] = own + m
         first = own[plan.text_starts]
@@ -148,22 +147,21 @@ def forward_packed(late, call: Call, rows: Rows, ids: Tensor | None):
     device = rows.buffer.device
     name = late.active_adapters[0]
     config, generator = late.lpt_config[name], late.lpt_generator[name]
-    readable, context = rows.tokens, None
+    readable, end = rows.tokens, None
     if family.causal:
         readable = late.context.of(attended(rows.tokens, B, S, device), call, late.training)
-        # It is always the first tokens of a text.
+        # The context is always the first tokens of a text.
         end = readable.sum(1, dtype=torch.int32)
-        context = torch.stack((torch.zeros_like(end), end), 1)
 
     def states():
         return rows.padded(rows.buffer), attended(readable, B, S, device)
 
     reads, place = readout_of(late, call, ids, rows.tokens, rows.shape, device)
-    positions = rows.rotary_positions() if family.takes_positions else None
     out = None
     if late.graphs is not None:
-        out = late.graphs.run(rows, context, positions, reads is not None, place)
+        out = late.graphs.run(rows, end, reads is not None, place)
     if out is None:
+        context = None if end is None else torch.stack((torch.zeros_like(end), end), 1)
         held = None
         if rows.held is not None and rows.held.fits(rows.buffer, plan.m):
             held = rows.held.take(plan)
@@ -173,7 +171,7 @@ def forward_packed(late, call: Call, rows: Rows, ids: Tensor | None):
             config.insertion_layer,
             generator.fill(rows.buffer, rows.cu_seqlens, context, states),
             plan,
-            positions=positions,
+            positions=rows.rotary_positions() if family.takes_positions else None,
             readout=reads is not None,
             place=place,
             held=held,

@@ -63,8 +63,9 @@ class LPTTrainer(CountedTraining, Trainer):
             or an open ActivationCache, which says the store, the tier and the like. None: from
             the text.
         upper: how layers k+1..L run, "auto", "packed" or "padded"; None: as the adapter says.
-        cuda_graphs: on CUDA, the packed layers of a training step run as CUDA graphs, one for each
-            token bucket (graphs.py).
+        cuda_graphs: whether the packed layers of a training step run as CUDA graphs, one for each
+            token bucket (graphs.py). None: on an NVIDIA GPU, in a single process; what cannot run
+            so runs as ever. True: also in each of several processes.
         hold_projections: on the CPU with a cache, training holds what the first layer above the
             insertion projects the training texts to (projections.py). None: in a single process
             without dataloader_num_workers, where it takes at most a tenth of the memory and half
@@ -84,7 +85,7 @@ class LPTTrainer(CountedTraining, Trainer):
         *more,
         activation_cache: str | Path | ActivationCache | None = None,
         upper: str | None = None,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool | None = None,
         hold_projections: bool | None = None,
         readout_only: bool = False,
         **named,
@@ -115,6 +116,12 @@ class LPTTrainer(CountedTraining, Trainer):
             raise ValueError(
                 f"`cuda_graphs` is True and the model trains on {args.device.type!r}, expected a "
                 "CUDA device; leave it out."
+            )
+        if self._cuda_graphs and (args.n_gpu > 1 or self.is_fsdp_enabled):
+            got = "FSDP" if self.is_fsdp_enabled else f"{args.n_gpu} GPUs in one process"
+            raise ValueError(
+                f"`cuda_graphs` is True with {got}, expected a GPU for each process and whole "
+                "weights in each; leave it out."
             )
         if self.readout_only and not self._reads_one_token():
             raise ValueError(
@@ -149,8 +156,6 @@ class LPTTrainer(CountedTraining, Trainer):
         late = find_late_prompt(model)
         if self._upper is not None:
             late.upper = self._upper
-        if self._cuda_graphs:
-            late.graphs = UpperGraphs(late)
         self._late_prompt = late
 
     def call_model_init(self, trial=None):
@@ -370,6 +375,31 @@ class LPTTrainer(CountedTraining, Trainer):
                 return super().train(*args, **kwargs)
         finally:
             self._let_go()
+
+    def _inner_training_loop(self, *args, **kwargs):
+        # Here the model is the one that trains, also in a search of hyperparameters. Graphs go with
+        # the training, for they hold memory.
+        late = self._late_prompt
+        own = late.graphs is None and self._takes_graphs()
+        if own:
+            late.graphs = UpperGraphs(late)
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            if own:
+                logger.info(
+                    "%d batches ran by %d CUDA graphs.", late.graphs.replayed, len(late.graphs)
+                )
+                late.graphs = None
+
+    def _takes_graphs(self) -> bool:
+        args = self.args
+        if self._cuda_graphs is not None:
+            return self._cuda_graphs
+        # (Seen on NVIDIA's GPUs alone. FSDP and DeepSpeed run several processes too, mostly.)
+        usual = args.device.type == "cuda" and torch.version.hip is None
+        single = args.world_size == 1 and args.n_gpu <= 1
+        return usual and single and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def evaluation_loop(self, *args, **kwargs):
         """As Trainer's."""

@@ -94,6 +94,13 @@ class Plan:
         text = torch.searchsorted(self.text_starts, row, right=True)  # counted from 1
         return row + text * self.m
 
+    @cached_property
+    def places_in_text(self) -> Tensor:
+        """int64 [N], where in its text each row stands, counted from its first prompt row."""
+        row = torch.arange(self.rows, device=self.device)
+        text = torch.searchsorted(self.starts, row, right=True) - 1
+        return row - self.starts[text]
+
     def readout_rows(self, place: Tensor | None) -> Tensor:
         """int64 [B], the row of the token at `place` of each text; None: the first token."""
         rows = self.starts + self.m
