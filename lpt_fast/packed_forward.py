@@ -215,7 +215,7 @@ def takes_packed(late, call: Call, inputs: dict, kwargs: dict) -> bool:
         length = text.shape[1] if call.cached is None else call.cached.max_seqlen
         config = late.active_config
         k, longest = config.insertion_layer, length + config.num_virtual_tokens
-        never = why_padded(late.backbone, late.family, k, longest, late.training)
+        never = why_padded(late.backbone, late.family, k, longest, late.training, late.plain)
         if never is not None and late.upper == "packed":
             raise ValueError(
                 "Late Prompt Tuning got upper='packed', expected a model that can run so: "
