@@ -19,9 +19,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .copies import LATE_PROMPT
 from .families import Family, frozen_above, get_layers
+from .packed_attention import autocast_dtype
 from .packed_blocks import BLOCKS, Block, LlamaBlock
-from .packed_ops import layer_norm, rms_norm
+from .packed_ops import fused, layer_norm, rms_norm
 from .packed_plan import Plan
 from .watch import HOOKS, Watch, descendants, spine
 
@@ -144,6 +146,26 @@ def _attention_drops(module: nn.Module) -> bool:
     return module.training and isinstance(p, float) and p > 0
 
 
+def own_half(backbone: nn.Module, family: Family, k: int, rows: Tensor) -> bool:
+    """Whether rows and all frozen weights above k have one half dtype, and kernels of ours run
+    them: then autocast to it changes no number, and costs the host a look at every operation.
+
+    Args:
+        backbone, family, k: as for `run_lower`.
+        rows: [N, D].
+    """
+    half = rows.dtype in (torch.float16, torch.bfloat16) and fused(rows)
+    if not half or autocast_dtype(rows) not in (None, rows.dtype):
+        return False
+    late = backbone._modules.get(LATE_PROMPT)
+    watch = None if late is None else late.plain.get(k)
+    if watch is not None:
+        weights = watch.frozen
+    else:
+        weights = (p for part in frozen_above(backbone, family, k) for p in part.parameters())
+    return all(p.dtype == rows.dtype for p in weights)
+
+
 def run_packed(
     backbone: nn.Module,
     family: Family,
@@ -171,6 +193,13 @@ def run_packed(
     Returns:
         [N, D], or [B, D] for a readout.
     """
+    if autocast_dtype(rows) is not None and own_half(backbone, family, k, rows):
+        with torch.autocast(rows.device.type, enabled=False):
+            return _run(backbone, family, k, rows, plan, positions, readout, place, held)
+    return _run(backbone, family, k, rows, plan, positions, readout, place, held)
+
+
+def _run(backbone, family, k, rows, plan, positions, readout, place, held):
     layers = list(get_layers(backbone, family))[k:]
     make = block_type(backbone)
     rotary = _rotary(backbone, family, rows, positions)

@@ -68,11 +68,11 @@ def _bias(group: Group, causal: bool, dtype: torch.dtype, device) -> Tensor | No
     if causal:
         # Padding stands behind every row, so it needs no mask of its own.
         return torch.full((group.size,) * 2, float("-inf"), dtype=dtype, device=device).triu_(1)
-    mask = group.mask()
-    if mask is None:
+    hidden = group.hidden()
+    if hidden is None:
         return None
-    bias = torch.zeros(mask.shape, dtype=dtype, device=device)
-    return bias.masked_fill_(~mask, float("-inf"))[:, None, None]
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=device)
+    return bias.masked_fill_(hidden, float("-inf"))[:, None, None]
 
 
 def biases(plan: Plan, causal: bool, dtype: torch.dtype) -> list[Tensor | None]:

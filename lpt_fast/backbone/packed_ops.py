@@ -135,8 +135,12 @@ def branches(x: Tensor, *linears: nn.Linear, keep: bool = False) -> tuple[Tensor
     """What each of several frozen linear layers makes of x [n, D]; with `keep` x itself first, for
     its other use: all of them have one gradient.
     """
-    plain = torch.is_grad_enabled() and x.requires_grad and autocast_dtype(x) is None
-    if plain and all(m.weight.dtype == x.dtype for m in linears):
+    plain = torch.is_grad_enabled() and x.requires_grad
+    if (
+        plain
+        and autocast_dtype(x) in (None, x.dtype)
+        and all(m.weight.dtype == x.dtype for m in linears)
+    ):
         weights = [t for m in linears for t in (m.weight, m.bias)]
         return _Branches.apply(x, keep, *weights)
     made = tuple(F.linear(x, m.weight, m.bias) for m in linears)

@@ -24,7 +24,7 @@ class _Pick(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_places, d_rows):
-        d = d_places.index_select(0, ctx.plan.to_rows)
+        d = ctx.plan.from_places(d_places)
         return d.index_add_(0, ctx.saved_tensors[0], d_rows), None, None
 
 
@@ -36,15 +36,30 @@ def pick(x: Tensor, rows: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
 
 
 def _softmax(scores: Tensor, plan: Plan, group: Group, place, causal: bool) -> Tensor:
-    """Over the keys that the query sees; scores [G, ..., S]."""
+    """Over the keys that the query sees; scores [G, ..., S], which are overwritten."""
     seen = None  # all of the text's
     if causal:
-        seen = (place + 1 + plan.m)[plan.order[group.numbers]]
-    mask = group.mask(seen)
-    if mask is not None:
-        mask = mask.view(len(mask), *[1] * (scores.dim() - 2), group.size)
-        scores = scores.masked_fill(~mask, float("-inf"))
+        seen = _in_groups(place + 1 + plan.m, plan)[group.numbers]
+    hidden = plan.hidden if seen is None and not plan.sorted else group.hidden(seen)
+    if hidden is not None:
+        hidden = hidden.view(len(hidden), *[1] * (scores.dim() - 2), group.size)
+        scores = scores.masked_fill_(hidden, float("-inf"))
     return torch.softmax(scores, -1)
+
+
+def _in_groups(x: Tensor, plan: Plan) -> Tensor:
+    """One row for each text, in the order of the groups."""
+    return x.index_select(0, plan.order) if plan.sorted else x
+
+
+def _in_batch(parts: list[Tensor], plan: Plan) -> Tensor:
+    """Back from the groups to the order of the batch."""
+    return torch.cat(parts).index_select(0, plan.inverse_order) if plan.sorted else parts[0]
+
+
+def _of_group(x: Tensor, part: slice) -> Tensor:
+    """(No slice of all, whose gradient would be written into zeros.)"""
+    return x if part.start == 0 and part.stop == len(x) else x[part]
 
 
 def attend_one(
@@ -72,16 +87,16 @@ def attend_one(
     """
     repeat, slices = heads // kv_heads, plan.heads(kv_heads).slices
     k, v = to_heads(k, plan, kv_heads), to_heads(v, plan, kv_heads)
-    q = (q * scale).index_select(0, plan.order).view(plan.texts, kv_heads, repeat, -1)
+    q = _in_groups(q * scale, plan).view(plan.texts, kv_heads, repeat, -1)
     out = []
     for group, kv in zip(plan.groups, slices, strict=True):
         n = group.texts * kv_heads
-        kg, vg = (x[kv].view(n, group.size, -1) for x in (k, v))
-        scores = torch.bmm(q[group.numbers].flatten(0, 1), kg.transpose(1, 2))
+        kg, vg = (_of_group(x, kv).view(n, group.size, -1) for x in (k, v))
+        scores = torch.bmm(_of_group(q, group.numbers).flatten(0, 1), kg.transpose(1, 2))
         scores = scores.view(group.texts, kv_heads, repeat, group.size)
         p = _softmax(scores, plan, group, place, causal).to(vg.dtype)
         out.append(torch.bmm(p.flatten(0, 1), vg).view(group.texts, -1))
-    return torch.cat(out).index_select(0, plan.inverse_order)
+    return _in_batch(out, plan)
 
 
 def attend_one_absorbed(
@@ -114,15 +129,16 @@ def attend_one_absorbed(
         [B, H d].
     """
     D = x_places.shape[1]
-    q = (q * scale).index_select(0, plan.order).view(plan.texts, heads, -1)
+    q = _in_groups(q * scale, plan).view(plan.texts, heads, -1)
     u = torch.bmm(q.transpose(0, 1), w_k.view(heads, -1, D)).transpose(0, 1)  # [B, H, D]
     out = []
     for group in plan.groups:
-        rows = x_places[group.first : group.first + group.places].view(group.texts, group.size, D)
-        scores = torch.bmm(u[group.numbers], rows.transpose(1, 2))  # [G, H, S]
+        places = slice(group.first, group.first + group.places)
+        rows = _of_group(x_places, places).view(group.texts, group.size, D)
+        scores = torch.bmm(_of_group(u, group.numbers), rows.transpose(1, 2))  # [G, H, S]
         p = _softmax(scores, plan, group, place, causal).to(rows.dtype)
         out.append(torch.bmm(p, rows))
-    pooled = torch.cat(out).index_select(0, plan.inverse_order)  # [B, H, D]
+    pooled = _in_batch(out, plan)  # [B, H, D]
     values = torch.bmm(pooled.transpose(0, 1), w_v.view(heads, -1, D).transpose(1, 2))
     values = values.transpose(0, 1).reshape(plan.texts, -1)
     return values if b_v is None else values + b_v

@@ -87,7 +87,7 @@ class Watch(_Remembered):
         self._entries = [_Entries(self._owners, field) for field in known]
         self._entries.append(_Entries([m.__dict__ for m in holders], "_modules"))
         self._code = self._code_now() if code else None
-        self._tensors, self._frozen = list(tensors), list(frozen)
+        self._tensors, self.frozen = list(tensors), list(frozen)
         # (Tensors of inference mode have no version.)
         self._counted = [t for t in self._tensors if not t.is_inference()]
         self._state = self._state_now()
@@ -112,7 +112,7 @@ class Watch(_Remembered):
             self._complete
             and all(entries.unchanged() for entries in self._entries)
             and (self._code is None or self._code_now() == self._code)
-            and not any(map(_TRAINS, self._frozen))
+            and not any(map(_TRAINS, self.frozen))
             and self._state_now() == self._state
         )
 
