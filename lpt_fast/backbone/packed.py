@@ -16,12 +16,14 @@ Which families: `packed_blocks.BLOCKS`. Everything else runs the padded way (upp
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
 from .copies import LATE_PROMPT
 from .families import Family, frozen_above, get_layers
-from .packed_attention import autocast_dtype
+from .packed_attention import autocast_dtype, without_autocast
 from .packed_blocks import BLOCKS, Block, LlamaBlock
 from .packed_ops import fused, layer_norm, rms_norm
 from .packed_plan import Plan
@@ -193,10 +195,9 @@ def run_packed(
     Returns:
         [N, D], or [B, D] for a readout.
     """
-    if autocast_dtype(rows) is not None and own_half(backbone, family, k, rows):
-        with torch.autocast(rows.device.type, enabled=False):
-            return _run(backbone, family, k, rows, plan, positions, readout, place, held)
-    return _run(backbone, family, k, rows, plan, positions, readout, place, held)
+    off = autocast_dtype(rows) is not None and own_half(backbone, family, k, rows)
+    with without_autocast(rows) if off else nullcontext():
+        return _run(backbone, family, k, rows, plan, positions, readout, place, held)
 
 
 def _run(backbone, family, k, rows, plan, positions, readout, place, held):

@@ -30,6 +30,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if known and torch.is_autocast_enabled(kind) else None
 
 
+def without_autocast(x: Tensor):
+    """A context in which operations on the device of x run in the dtypes that they are given."""
+    casts = autocast_dtype(x) is not None
+    return torch.autocast(x.device.type, enabled=False) if casts else nullcontext()
+
+
 class _Regroup(torch.autograd.Function):
     """Packed rows to padded places, or back; both directions are gathers, so backward is one too.
 
@@ -102,8 +108,7 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, plan, heads, kv_heads, scale, causal, prompt_only):
         ctx.dtype = q.dtype
-        casts = autocast_dtype(q) is not None
-        with torch.autocast(q.device.type, enabled=False) if casts else nullcontext():
+        with without_autocast(q):
             return _Products._run(ctx, q, k, v, plan, heads, kv_heads, scale, causal, prompt_only)
 
     @staticmethod

@@ -37,23 +37,25 @@ class Block:
         scale: of the scores.
         causal: whether rows see only those before them.
         rotary: (cos, sin), [N, d] each, or None.
+        linear: whether `project` is, so that its gradient is the same for all rows.
     """
 
     heads: int
     kv_heads: int
     scale: float
     causal = True
+    linear = False
     rotary: tuple[Tensor, Tensor] | None = None
 
     def project(self, x: Tensor, rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of rows x [n, D]: [n, H d], [n, Hk d], [n, Hk d]."""
         raise NotImplementedError
 
-    def project_backward(self, x: Tensor, rows: Tensor, grads: list[Tensor]) -> Tensor:
+    def project_backward(self, x: Tensor | None, rows: Tensor, grads: list[Tensor]) -> Tensor:
         """Gradient of `project` for a few rows, [n, D].
 
         Args:
-            x: [n, D], what these rows held.
+            x: [n, D], what these rows held; None where `linear`.
             rows: int64 [n], which.
             grads: of q, k and v there.
         """
@@ -92,7 +94,8 @@ class Block:
             held: in the first layer, what `project` gives for text rows, if it is known.
         """
         if first:
-            x, q, k, v = FromPrompts.apply(x, self.project_rows, self.project_backward, plan, held)
+            functions = (self.project_rows, self.project_backward)
+            x, q, k, v = FromPrompts.apply(x, *functions, plan, held, not self.linear)
         else:
             x, q, k, v = self.project_all(x)
         attended = attend(
@@ -120,6 +123,7 @@ class PostNormBlock(Block):
     """BERT, RoBERTa, XLM-RoBERTa, ELECTRA: norms after each residual."""
 
     causal = False
+    linear = True
 
     def __init__(self, layer: nn.Module):
         own = layer.attention.self
@@ -160,8 +164,9 @@ class PostNormBlock(Block):
 
     def read(self, x, rows, place, plan, first):
         x_places, x = pick(x, rows, plan)
+        x, q = branches(x, self.query, keep=True)
         return x, attend_one_absorbed(
-            F.linear(x, self.query.weight, self.query.bias),
+            q,
             x_places,
             self.key.weight,
             self.value.weight,

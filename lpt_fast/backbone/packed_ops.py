@@ -163,16 +163,17 @@ class FromPrompts(torch.autograd.Function):
         project_backward: as of `Block`.
         plan: of the batch.
         held: what `project` gives, whose prompt rows are overwritten; or None.
+        reads: whether `project_backward` looks at x.
     """
 
     @staticmethod
-    def forward(ctx, x, project, project_backward, plan, held=None):
+    def forward(ctx, x, project, project_backward, plan, held=None, reads=True):
         ctx.project_backward, ctx.plan = project_backward, plan
         ctx.autocast = autocast_dtype(x)
         rows = plan.prompt_rows
         # Not x itself: it may be a buffer that the next forward fills again.
-        own = x.index_select(0, rows)
-        ctx.save_for_backward(own)
+        own = x.index_select(0, rows) if reads or held is not None else None
+        ctx.save_for_backward(own if reads else None)
         if held is None:
             return x.view_as(x), *project(x, None)
         for whole, part in zip(held, project(own, rows), strict=True):
@@ -189,7 +190,7 @@ class FromPrompts(torch.autograd.Function):
         with torch.autocast(dx.device.type, ctx.autocast) if again else nullcontext():
             d = ctx.project_backward(ctx.saved_tensors[0], rows, grads)
         d = add(dx.index_select(0, rows), d)
-        return torch.zeros_like(dx).index_copy_(0, rows, d), None, None, None, None
+        return torch.zeros_like(dx).index_copy_(0, rows, d), *[None] * 5
 
 
 def backward_of(project: Callable, x: Tensor, grads: list[Tensor]) -> Tensor:

@@ -125,7 +125,7 @@ class Plan:
     @cached_property
     def order(self) -> Tensor:
         """int64 [B], the texts' numbers in the order of the groups."""
-        if self.device.type != "cpu":
+        if not self.sorted:
             return torch.arange(self.texts, device=self.device)
         return torch.from_numpy(self._host[0])
 
@@ -137,7 +137,7 @@ class Plan:
 
     @cached_property
     def groups(self) -> list[Group]:
-        if self.device.type != "cpu":
+        if not self.sorted:
             return [Group(self.texts, self.size, 0, self.lengths, slice(0, self.texts))]
         groups, first = [], 0
         sorted_lengths = self.lengths[self.order]
@@ -170,14 +170,16 @@ class Plan:
         return tuple(torch.cat(x) for x in (first, size, text, row))
 
     @cached_property
-    def hidden(self) -> Tensor:
-        """`Group.hidden` of one group of all texts, bool [B, S]."""
-        return self.groups[0].hidden()
+    def _row_at(self) -> Tensor:
+        """int64 [B, S], of one group of all texts in their order: the row at each place; one of
+        another text, or none, at padding.
+        """
+        return self.starts[:, None] + torch.arange(self.size, device=self.device)
 
     @cached_property
-    def _row_at(self) -> Tensor:
-        """int64 [B, S], likewise: the row at each place, one of another text at padding."""
-        return self.starts[:, None] + torch.arange(self.size, device=self.device)
+    def hidden(self) -> Tensor:
+        """`Group.hidden` of that group, bool [B, S]."""
+        return self._row_at >= self._ends[1:, None]
 
     @property
     def sorted(self) -> bool:
@@ -259,7 +261,7 @@ class HeadPlaces:
         self.to_places = torch.empty_like(flat).scatter_(0, flat, source.flatten())
         self.to_rows = place[plan.to_rows].flatten()
         self.padding = None
-        if plan.padding is not None and plan.device.type == "cpu":
+        if plan.padding is not None and plan.sorted:
             self.padding = place[plan.padding].flatten()
         elif plan.padding is not None:
             # (How many there are is not known without waiting for the device.)
