@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .backbone.families import get_layers
 from .context import parameter_names
 from .packing import PackedBatch
+from .readout import head_reads
 
 CACHED = "cached_hidden"
 # What the batch stands in for.
@@ -42,7 +43,8 @@ def enter(late, batch: PackedBatch, args: tuple, kwargs: dict) -> tuple[PackedBa
 
     Returns:
         The batch on the device of the adapter, and the call's keyword arguments, with `input_ids`
-        and `attention_mask` (int64 [B, S], padded on the right) among them.
+        and `attention_mask` (int64 [B, S], padded on the right) among them. Where nobody reads
+        them, beside a head that looks at the first token, `input_ids` alone, zeros of that shape.
 
     Raises:
         ValueError: for a batch that does not fit the adapter, and for what cannot come with it.
@@ -56,6 +58,10 @@ def enter(late, batch: PackedBatch, args: tuple, kwargs: dict) -> tuple[PackedBa
     _check_batch(late, batch)
     device = next(late.lpt_generator[late.active_adapters[0]].parameters()).device
     batch = batch.to(device, non_blocking=True)
+    if head_reads(late.root) == "first":
+        # (The first entry of cu_seqlens is a zero that is there: nothing has to be launched.)
+        kwargs["input_ids"] = batch.cu_seqlens[:1].expand(len(batch), batch.max_seqlen)
+        return batch, kwargs
     ids, pad = _token_ids(late.root, late.backbone, batch)
     kwargs["input_ids"] = batch.pad(ids, pad)
     kwargs["attention_mask"] = batch.mask().long()

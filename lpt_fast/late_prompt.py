@@ -13,15 +13,10 @@ from torch import nn
 
 from . import cached
 from .backbone.copies import LATE_PROMPT
-from .backbone.families import (
-    Family,
-    frozen_above,
-    frozen_below,
-    get_layers,
-    is_language_model,
-)
+from .backbone.families import Family, get_layers, is_language_model
 from .backbone.lower import run_lower
 from .backbone.upper import run_upper
+from .backbone.watch import Modes, Watch
 from .call_inputs import attended_of, check_inputs, kv_cache
 from .config import LPTConfig, check_upper
 from .context import Context, attended, parameter_names
@@ -75,6 +70,9 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         # UpperGraphs (graphs.py) where training runs by CUDA graphs, else None.
         self.graphs = None
         self._said: set[str | None] = set()  # why layers ran as they did, said once
+        # What was found out of the model's modules, while they stay as they are (watch.py).
+        self._modes: Modes | None = None
+        self.plain: dict[int, Watch | None] = {}
         self.base_labels = get_labels(root)
         # Whose label space the model has now (None: the base model's), and what is known of each.
         self._labels_of: str | None = None
@@ -242,22 +240,23 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         if hasattr(model_config, "problem_type"):
             model_config.problem_type = self._problem_types.get(owner, self._problem_types[None])
 
-    def _sync_modes(self) -> None:
-        """Frozen layers in eval mode: below the insertion always, above unless upper_dropout."""
+    def _sync_modes(self, below: bool = True) -> None:
+        """Frozen layers in eval mode: below the insertion always, above unless upper_dropout.
+
+        Args:
+            below: False where the layers below do not run: whether there are new modules among
+                them is then not asked.
+        """
         config = self.active_config
         if config is None:
-            below, above, live = [], [], self.training
             for name, child in self.backbone.named_children():
                 if name != LATE_PROMPT:
-                    above.append(child)  # the base model by itself is in the mode that was set
-        else:
-            k = config.insertion_layer
-            below = frozen_below(self.backbone, self.family, k)
-            above = frozen_above(self.backbone, self.family, k)
-            live = self.training and config.upper_dropout
-        for modules, mode in ((below, False), (above, live)):
-            for module in modules:
-                module.train(mode)
+                    child.train(self.training)  # the base model is in the mode that was set
+            return
+        k = config.insertion_layer
+        if self._modes is None or not self._modes.fits(k, below):
+            self._modes = Modes(self.backbone, self.family, k)
+        self._modes.set(self.training and config.upper_dropout)
 
     # -- the forward -------------------------------------------------------------------------------
 
@@ -352,7 +351,7 @@ class LatePrompt(nn.Module, BaseTunerLayer):
             cached.check_outputs(backbone.config, kwargs)
         wanted = self._capture(kwargs)
         if self.training:
-            self._sync_modes()
+            self._sync_modes(below=call.cached is None)
 
         k, m = config.insertion_layer, config.num_virtual_tokens
         inputs = {name: kwargs.pop(name) for name in _INPUTS if name in kwargs}

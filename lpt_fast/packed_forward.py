@@ -7,7 +7,9 @@ the layers.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,21 +38,36 @@ class Rows:
         buffer: [T + B m, D], prompt rows not filled yet.
         plan: of the batch.
         cu_seqlens: int32 [B + 1] of the text rows.
-        flat: int64 [T], the place of each text row in the padded form [B S].
         shape: (B, S) of the padded form.
-        tokens: bool [B, S], or None: all.
-        positions: int64 [B, S] or [1, S], or None: the columns.
+        padded_form: makes `flat`, `tokens` and `positions`, which few heads look at.
         held: projections of the text rows (projections.HeldRows), or None.
     """
 
     buffer: Tensor
     plan: Plan
     cu_seqlens: Tensor
-    flat: Tensor
     shape: tuple[int, int]
-    tokens: Tensor | None
-    positions: Tensor | None
+    padded_form: Callable[[], tuple[Tensor, Tensor | None, Tensor | None]]
     held: HeldRows | None = None
+
+    @cached_property
+    def _padded_form(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self.padded_form()
+
+    @property
+    def flat(self) -> Tensor:
+        """int64 [T], the place of each text row in the padded form [B S]."""
+        return self._padded_form[0]
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """bool [B, S], or None: all."""
+        return self._padded_form[1]
+
+    @property
+    def positions(self) -> Tensor | None:
+        """int64 [B, S] or [1, S], or None: the columns."""
+        return self._padded_form[2]
 
     @classmethod
     def of_text(cls, hidden: Tensor, tokens: Tensor | None, positions, m: int) -> Rows:
@@ -67,7 +84,7 @@ class Rows:
         source = flat.new_zeros(plan.rows)
         source[plan.text_rows] = flat
         buffer = hidden.reshape(-1, D).index_select(0, source)
-        return cls(buffer, plan, cu_seqlens, flat, (B, S), tokens, positions)
+        return cls(buffer, plan, cu_seqlens, (B, S), lambda: (flat, tokens, positions))
 
     @classmethod
     def of_batch(cls, batch: PackedBatch, dtype: torch.dtype, m: int) -> Rows:
@@ -81,11 +98,13 @@ class Rows:
         else:
             buffer = hidden.new_empty(plan.rows, hidden.shape[1], dtype=dtype)
             buffer.index_copy_(0, plan.text_rows, batch.text().to(dtype))
-        text, place = batch._places()
-        positions = None if batch.position_ids is None else batch.pad(batch.position_ids)
-        tokens = batch.mask()
-        flat = text * S + place
-        return cls(buffer, plan, batch.cu_seqlens, flat, (B, S), tokens, positions, batch.held)
+
+        def padded_form():
+            text, place = batch.places
+            positions = None if batch.position_ids is None else batch.pad(batch.position_ids)
+            return text * S + place, batch.mask(), positions
+
+        return cls(buffer, plan, batch.cu_seqlens, (B, S), padded_form, batch.held)
 
     def padded(self, rows: Tensor) -> Tensor:
         """Text rows of [N, D] in their padded places, [B, S, D]; zeros elsewhere."""
@@ -109,7 +128,7 @@ class Rows:
         return out
 
 
-def readout_of(late, call: Call, ids, tokens, shape, device) -> tuple[str | None, Tensor | None]:
+def readout_of(late, call: Call, ids, rows: Rows) -> tuple[str | None, Tensor | None]:
     """What is read of each text.
 
     Returns:
@@ -121,8 +140,8 @@ def readout_of(late, call: Call, ids, tokens, shape, device) -> tuple[str | None
     reads = head_reads(late.root)
     if reads != "last":
         return reads, None
-    B, S = shape
-    column = last_column(late.root, ids, S, B, device)
+    (B, S), tokens = rows.shape, rows.tokens
+    column = last_column(late.root, ids, S, B, rows.buffer.device)
     if tokens is None:
         return "last", column
     # (Where that column is not attended to, a GPU, which is not asked, reads the token before it.)
@@ -147,16 +166,17 @@ def forward_packed(late, call: Call, rows: Rows, ids: Tensor | None):
     device = rows.buffer.device
     name = late.active_adapters[0]
     config, generator = late.lpt_config[name], late.lpt_generator[name]
-    readable, end = rows.tokens, None
+    readable = end = None
     if family.causal:
         readable = late.context.of(attended(rows.tokens, B, S, device), call, late.training)
         # The context is always the first tokens of a text.
         end = readable.sum(1, dtype=torch.int32)
 
     def states():
-        return rows.padded(rows.buffer), attended(readable, B, S, device)
+        tokens = rows.tokens if readable is None else readable
+        return rows.padded(rows.buffer), attended(tokens, B, S, device)
 
-    reads, place = readout_of(late, call, ids, rows.tokens, rows.shape, device)
+    reads, place = readout_of(late, call, ids, rows)
     out = None
     if late.graphs is not None:
         out = late.graphs.run(rows, end, reads is not None, place)
@@ -213,7 +233,7 @@ def takes_packed(late, call: Call, inputs: dict, kwargs: dict) -> bool:
         length = text.shape[1] if call.cached is None else call.cached.max_seqlen
         config = late.active_config
         k, longest = config.insertion_layer, length + config.num_virtual_tokens
-        never = why_padded(late.backbone, late.family, k, longest, late.training)
+        never = why_padded(late.backbone, late.family, k, longest, late.training, late.plain)
         if never is not None and late.upper == "packed":
             raise ValueError(
                 "Late Prompt Tuning got upper='packed', expected a model that can run so: "

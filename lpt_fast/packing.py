@@ -7,6 +7,7 @@ The only place that asks a tensor for a number: everybody else reads B, T and `m
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -76,7 +77,8 @@ class PackedBatch:
         """Tokens of each text, int32 [B]."""
         return self.cu_seqlens.diff()
 
-    def _places(self) -> tuple[Tensor, Tensor]:
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
         """For each text row its text and its place in it, int64 [T]."""
         row = torch.arange(self.num_tokens, device=self.cu_seqlens.device)
         start = self.cu_seqlens[:-1].long()
@@ -87,7 +89,7 @@ class PackedBatch:
         """The text rows alone, [T, D]; `hidden` itself where it has no free rows."""
         if self.room == 0:
             return self.hidden
-        text, _ = self._places()
+        text, _ = self.places
         row = torch.arange(self.num_tokens, device=text.device)
         return self.hidden.index_select(0, row + (text + 1) * self.room)
 
@@ -98,7 +100,7 @@ class PackedBatch:
 
     def pad(self, values: Tensor, fill: float = 0) -> Tensor:
         """One value a text row [T, ...] -> [B, S, ...], padded on the right with `fill`."""
-        text, place = self._places()
+        text, place = self.places
         out = values.new_full((len(self) * self.max_seqlen, *values.shape[1:]), fill)
         out = out.index_copy(0, text * self.max_seqlen + place, values)
         return out.view(len(self), self.max_seqlen, *values.shape[1:])

@@ -172,7 +172,7 @@ def _project(late, cache, rows: np.ndarray) -> tuple[tuple[Tensor, ...], tuple]:
     batch: PackedBatch = cache.read(rows, dtype=layer_dtype(late, k))
     positions = None
     if late.family.takes_positions:
-        _, place = batch._places()
+        _, place = batch.places
         positions = (place if batch.position_ids is None else batch.position_ids) + m
     made = project_first(late.backbone, late.family, k, batch.hidden, positions)
     return made, _kind(batch.hidden, m)

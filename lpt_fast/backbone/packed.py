@@ -16,13 +16,18 @@ Which families: `packed_blocks.BLOCKS`. Everything else runs the padded way (upp
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
+from .copies import LATE_PROMPT
 from .families import Family, frozen_above, get_layers
+from .packed_attention import autocast_dtype, without_autocast
 from .packed_blocks import BLOCKS, Block, LlamaBlock
-from .packed_ops import layer_norm, rms_norm
+from .packed_ops import fused, layer_norm, rms_norm
 from .packed_plan import Plan
+from .watch import HOOKS, Watch, descendants, spine
 
 # Rotary angles of these depend on the longest text of a call, padding included.
 _MOVING_ROTARY = ("dynamic", "longrope")
@@ -41,7 +46,12 @@ def _is_transformers(cls: type) -> bool:
 
 
 def why_padded(
-    backbone: nn.Module, family: Family, k: int, longest: int, training: bool
+    backbone: nn.Module,
+    family: Family,
+    k: int,
+    longest: int,
+    training: bool,
+    plain: dict[int, Watch | None] | None = None,
 ) -> str | None:
     """Why the layers above k of a backbone cannot run packed, in words; None: they can.
 
@@ -49,6 +59,8 @@ def why_padded(
         backbone, family, k: as for `run_lower`.
         longest: most rows that a text may have, prompt included.
         training: whether the model trains.
+        plain: by k, the modules above it as they were when they were found to be plain; they are
+            looked at again when they have changed.
     """
     block = block_type(backbone)
     if block is None:
@@ -65,19 +77,37 @@ def why_padded(
         kind = getattr(backbone.rotary_emb, "rope_type", "default")
         if kind in _MOVING_ROTARY:
             return f"rotary positions of the type {kind!r} depend on the batch"
-        windows = [_window(layer, config) for layer in layers]
+        usual = getattr(config, "sliding_window", None)
+        windows = [_window(layer, usual) for layer in layers]
         window = min((w for w in windows if w is not None), default=None)
         if window is not None and window < longest:
             return f"texts of up to {longest} rows are longer than the sliding window of {window}"
-    return _why_changed(block, layers, frozen_above(backbone, family, k), training)
+    if training and any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
+        return "gradient checkpointing runs the model's own layers"
+    watch = None if plain is None else plain.get(k)
+    if watch is not None and watch.unchanged() and not watch.any_training():
+        return None
+    parts = frozen_above(backbone, family, k)
+    reason = _why_changed(block, layers, parts)
+    if plain is not None:
+        plain[k] = None if reason is not None else _watch(spine(backbone, family), parts)
+    return reason
 
 
-def _window(layer: nn.Module, config) -> int | None:
+def _watch(holders: list[nn.Module], parts: list[nn.Module]) -> Watch:
+    """Of all that `_why_changed` looks at but modes and numbers that count in training mode."""
+    modules = descendants(parts)
+    parameters = [p for module in modules for p in module._parameters.values() if p is not None]
+    fields = ("_modules", "_parameters", *HOOKS)
+    return Watch(modules, fields, code=True, frozen=parameters, holders=holders)
+
+
+def _window(layer: nn.Module, config_window: int | None) -> int | None:
     """(Mistral's layers have none of their own.)"""
-    return getattr(layer.self_attn, "sliding_window", getattr(config, "sliding_window", None))
+    return getattr(layer.self_attn, "sliding_window", config_window)
 
 
-def _why_changed(block, layers, modules, training: bool) -> str | None:
+def _why_changed(block, layers, modules) -> str | None:
     """Why these layers are not the plain frozen ones that the packed stack computes."""
     for layer in layers:
         try:
@@ -86,8 +116,6 @@ def _why_changed(block, layers, modules, training: bool) -> str | None:
             return f"a layer has other parts than known ({error})"
         if wrong:
             return f"a layer has a {type(wrong[0]).__name__} in place of its own module"
-        if training and getattr(layer, "gradient_checkpointing", False):
-            return "gradient checkpointing runs the model's own layers"
     for part in modules:
         for module in part.modules():
             own = module.__dict__
@@ -120,6 +148,26 @@ def _attention_drops(module: nn.Module) -> bool:
     return module.training and isinstance(p, float) and p > 0
 
 
+def own_half(backbone: nn.Module, family: Family, k: int, rows: Tensor) -> bool:
+    """Whether rows and all frozen weights above k have one half dtype, and kernels of ours run
+    them: then autocast to it changes no number, and costs the host a look at every operation.
+
+    Args:
+        backbone, family, k: as for `run_lower`.
+        rows: [N, D].
+    """
+    half = rows.dtype in (torch.float16, torch.bfloat16) and fused(rows)
+    if not half or autocast_dtype(rows) not in (None, rows.dtype):
+        return False
+    late = backbone._modules.get(LATE_PROMPT)
+    watch = None if late is None else late.plain.get(k)
+    if watch is not None:
+        weights = watch.frozen
+    else:
+        weights = (p for part in frozen_above(backbone, family, k) for p in part.parameters())
+    return all(p.dtype == rows.dtype for p in weights)
+
+
 def run_packed(
     backbone: nn.Module,
     family: Family,
@@ -147,6 +195,12 @@ def run_packed(
     Returns:
         [N, D], or [B, D] for a readout.
     """
+    off = autocast_dtype(rows) is not None and own_half(backbone, family, k, rows)
+    with without_autocast(rows) if off else nullcontext():
+        return _run(backbone, family, k, rows, plan, positions, readout, place, held)
+
+
+def _run(backbone, family, k, rows, plan, positions, readout, place, held):
     layers = list(get_layers(backbone, family))[k:]
     make = block_type(backbone)
     rotary = _rotary(backbone, family, rows, positions)

@@ -31,6 +31,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if known and torch.is_autocast_enabled(kind) else None
 
 
+def without_autocast(x: Tensor):
+    """A context in which operations on the device of x run in the dtypes that they are given."""
+    casts = autocast_dtype(x) is not None
+    return torch.autocast(x.device.type, enabled=False) if casts else nullcontext()
+
+
 class _Regroup(torch.autograd.Function):
     """Packed rows to padded places, or back; both directions are gathers, so backward is one too.
 
@@ -69,11 +75,11 @@ def _bias(group: Group, causal: bool, dtype: torch.dtype, device) -> Tensor | No
     if causal:
         # Padding stands behind every row, so it needs no mask of its own.
         return torch.full((group.size,) * 2, float("-inf"), dtype=dtype, device=device).triu_(1)
-    mask = group.mask()
-    if mask is None:
+    hidden = group.hidden()
+    if hidden is None:
         return None
-    bias = torch.zeros(mask.shape, dtype=dtype, device=device)
-    return bias.masked_fill_(~mask, float("-inf"))[:, None, None]
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=device)
+    return bias.masked_fill_(hidden, float("-inf"))[:, None, None]
 
 
 def biases(plan: Plan, causal: bool, dtype: torch.dtype) -> list[Tensor | None]:
@@ -103,8 +109,7 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, plan, heads, kv_heads, scale, causal, prompt_only):
         ctx.dtype = q.dtype
-        casts = autocast_dtype(q) is not None
-        with torch.autocast(q.device.type, enabled=False) if casts else nullcontext():
+        with without_autocast(q):
             return _Products._run(ctx, q, k, v, plan, heads, kv_heads, scale, causal, prompt_only)
 
     @staticmethod
@@ -215,8 +220,61 @@ def _varlen():
     return varlen_attn, set(names)
 
 
+@lru_cache(maxsize=1)
+def _flash_known() -> bool:
+    """Whether this PyTorch's own operators behind `varlen_attn` take what `_Flash` gives them."""
+    try:
+        forward = torch.ops.aten._flash_attention_forward.default._schema
+        backward = torch.ops.aten._flash_attention_backward.default._schema
+    except AttributeError:  # pragma: no cover
+        return False
+    return (
+        torch.version.hip is None
+        and len(forward.returns) == 5
+        and _names(forward)[:9] == _FORWARD
+        and _names(backward)[:14] == _BACKWARD
+        and all({"scale", *_WINDOW} <= set(_names(schema)) for schema in (forward, backward))
+    )
+
+
+def _names(schema) -> list[str]:
+    return [argument.name for argument in schema.arguments]
+
+
+_TEXTS = ["cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"]
+_FORWARD = ["query", "key", "value", *_TEXTS]
+_BACKWARD = ["grad_out", "query", "key", "value", "out", "logsumexp", *_TEXTS]
+_BACKWARD += ["rng_state", "unused"]
+_WINDOW = ("window_size_left", "window_size_right")
+
+
+class _Flash(torch.autograd.Function):
+    """What `varlen_attn` runs, without its way there: that makes a tensor of zeros in each forward
+    and two in each backward, for outputs that nobody has used, and three calls in Python.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, cu, size, scale, causal):
+        how = {"scale": scale, **dict(zip(_WINDOW, (-1, 0 if causal else -1), strict=True))}
+        texts = (cu, cu, size, size, 0.0, causal)
+        run = torch.ops.aten._flash_attention_forward.default
+        out, lse, rng, unused, _ = run(q, k, v, *texts, False, **how)
+        ctx.save_for_backward(q, k, v, out, lse, cu, rng, unused)
+        ctx.texts, ctx.how = texts[2:], how
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, out, lse, cu, *drawn = ctx.saved_tensors
+        run = torch.ops.aten._flash_attention_backward.default
+        grad = grad.contiguous()
+        return *run(grad, q, k, v, out, lse, cu, cu, *ctx.texts, *drawn, **ctx.how), *[None] * 4
+
+
 def _by_varlen(q, k, v, plan, heads, kv_heads, scale, causal):
     call, names = _varlen()
+    own = _flash_known()
     more = {}
     if "window_size" in names:
         more["window_size"] = (-1, 0) if causal else (-1, -1)
@@ -224,7 +282,7 @@ def _by_varlen(q, k, v, plan, heads, kv_heads, scale, causal):
         more["is_causal"] = causal
     if "scale" in names:
         more["scale"] = scale
-    else:
+    elif not own:
         q = q * (scale * (q.shape[1] // heads) ** 0.5)
     q = q.view(plan.rows, heads, -1)
     k, v = (x.view(plan.rows, kv_heads, -1) for x in (k, v))
@@ -234,6 +292,8 @@ def _by_varlen(q, k, v, plan, heads, kv_heads, scale, causal):
         else:
             k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
     cu = plan.cu_seqlens
+    if own:
+        return _Flash.apply(q, k, v, cu, plan.size, scale, causal).view(plan.rows, -1)
     return call(q, k, v, cu, cu, plan.size, plan.size, **more).reshape(plan.rows, -1)
 
 

@@ -19,6 +19,7 @@ from .packed_ops import (
     activation,
     add,
     backward_of,
+    branches,
     conv1d,
     gated,
     layer_norm,
@@ -36,23 +37,25 @@ class Block:
         scale: of the scores.
         causal: whether rows see only those before them.
         rotary: (cos, sin), [N, d] each, or None.
+        linear: whether `project` is, so that its gradient is the same for all rows.
     """
 
     heads: int
     kv_heads: int
     scale: float
     causal = True
+    linear = False
     rotary: tuple[Tensor, Tensor] | None = None
 
     def project(self, x: Tensor, rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of rows x [n, D]: [n, H d], [n, Hk d], [n, Hk d]."""
         raise NotImplementedError
 
-    def project_backward(self, x: Tensor, rows: Tensor, grads: list[Tensor]) -> Tensor:
+    def project_backward(self, x: Tensor | None, rows: Tensor, grads: list[Tensor]) -> Tensor:
         """Gradient of `project` for a few rows, [n, D].
 
         Args:
-            x: [n, D], what these rows held.
+            x: [n, D], what these rows held; None where `linear`.
             rows: int64 [n], which.
             grads: of q, k and v there.
         """
@@ -66,6 +69,10 @@ class Block:
         if rows is None or self.rotary is None:
             return self.rotary
         return tuple(t[rows] for t in self.rotary)
+
+    def project_all(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x for what comes after attention, and `project` of all its rows."""
+        return x, *self.project(x, self.rotary)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """The layer's output rows from its input rows and what attention gave, [n, D]."""
@@ -87,9 +94,10 @@ class Block:
             held: in the first layer, what `project` gives for text rows, if it is known.
         """
         if first:
-            x, q, k, v = FromPrompts.apply(x, self.project_rows, self.project_backward, plan, held)
+            functions = (self.project_rows, self.project_backward)
+            x, q, k, v = FromPrompts.apply(x, *functions, plan, held, not self.linear)
         else:
-            q, k, v = self.project(x, self.rotary)
+            x, q, k, v = self.project_all(x)
         attended = attend(
             q,
             k,
@@ -115,6 +123,7 @@ class PostNormBlock(Block):
     """BERT, RoBERTa, XLM-RoBERTa, ELECTRA: norms after each residual."""
 
     causal = False
+    linear = True
 
     def __init__(self, layer: nn.Module):
         own = layer.attention.self
@@ -137,20 +146,27 @@ class PostNormBlock(Block):
     def project(self, x, rotary):
         return tuple(F.linear(x, m.weight, m.bias) for m in (self.query, self.key, self.value))
 
+    def project_all(self, x):
+        return branches(x, self.query, self.key, self.value, keep=True)
+
     def project_backward(self, x, rows, grads):
         d = torch.mm(grads[0], self.query.weight)
-        d = torch.addmm(d, grads[1], self.key.weight)
-        return torch.addmm(d, grads[2], self.value.weight)
+        if d.dtype != self.query.weight.dtype:  # autocast, which leaves `addmm_` alone
+            d = torch.addmm(d, grads[1], self.key.weight)
+            return torch.addmm(d, grads[2], self.value.weight)
+        return d.addmm_(grads[1], self.key.weight).addmm_(grads[2], self.value.weight)
 
     def finish(self, x, attended):
         x = layer_norm(self.norm, F.linear(attended, self.output.weight, self.output.bias), x)
-        h = activation(self.act, F.linear(x, self.up.weight, self.up.bias))
+        x, h = branches(x, self.up, keep=True)
+        h = activation(self.act, h)
         return layer_norm(self.last_norm, F.linear(h, self.down.weight, self.down.bias), x)
 
     def read(self, x, rows, place, plan, first):
         x_places, x = pick(x, rows, plan)
+        x, q = branches(x, self.query, keep=True)
         return x, attend_one_absorbed(
-            F.linear(x, self.query.weight, self.query.bias),
+            q,
             x_places,
             self.key.weight,
             self.value.weight,
@@ -265,16 +281,12 @@ class LlamaBlock(Block):
         return turned.flatten(1)
 
     def project(self, x, rotary):
-        x = rms_norm(self.norm, x)
-        q = self._rotated(F.linear(x, self.q.weight, self.q.bias), self.q_norm, rotary)
-        return q, *self._keys_of_normed(x, rotary)
-
-    def _keys_of_normed(self, x, rotary):
-        k = self._rotated(F.linear(x, self.k.weight, self.k.bias), self.k_norm, rotary)
-        return k, F.linear(x, self.v.weight, self.v.bias)
+        q, k, v = branches(rms_norm(self.norm, x), self.q, self.k, self.v)
+        return self._rotated(q, self.q_norm, rotary), self._rotated(k, self.k_norm, rotary), v
 
     def _keys(self, x, rows):
-        return self._keys_of_normed(rms_norm(self.norm, x), self._rotary(rows))
+        k, v = branches(rms_norm(self.norm, x), self.k, self.v)
+        return self._rotated(k, self.k_norm, self._rotary(rows)), v
 
     def _keys_backward(self, x, rows, grads):
         return backward_of(lambda x: self._keys(x, rows), x, grads)
@@ -282,9 +294,7 @@ class LlamaBlock(Block):
     def finish(self, x, attended):
         x = add(F.linear(attended, self.output.weight, self.output.bias), x)
         h = rms_norm(self.last_norm, x)
-        gate = F.linear(h, self.gate.weight, self.gate.bias)
-        up = F.linear(h, self.up.weight, self.up.bias)
-        h = gated(self.act, gate, up)
+        h = gated(self.act, *branches(h, self.gate, self.up))
         return add(F.linear(h, self.down.weight, self.down.bias), x)
 
     def read(self, x, rows, place, plan, first):

@@ -106,6 +106,47 @@ def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
     return norm(x)
 
 
+class _Branches(torch.autograd.Function):
+    """x -> (x, x W_1^T + b_1, ...) with frozen weights. In backward each product adds itself to the
+    gradient, where autograd would launch an addition for every use of x.
+    """
+
+    @staticmethod
+    def forward(ctx, x, keep, *weights):
+        ctx.save_for_backward(*weights[::2])
+        ctx.set_materialize_grads(False)
+        made = [F.linear(x, w, b) for w, b in zip(weights[::2], weights[1::2], strict=True)]
+        return (x.view_as(x), *made) if keep else tuple(made)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        weights = ctx.saved_tensors
+        d = None if len(grads) == len(weights) else grads[0]
+        # (In the memory of what comes along the residual: it comes from the norm or the sum behind
+        # it, whose other taker has read it before the gradients of the branches could be made.)
+        for grad, weight in zip(grads[-len(weights) :], weights, strict=True):
+            if grad is not None:
+                d = torch.mm(grad, weight) if d is None else d.addmm_(grad, weight)
+        return d, None, *[None] * (2 * len(weights))
+
+
+def branches(x: Tensor, *linears: nn.Linear, keep: bool = False) -> tuple[Tensor, ...]:
+    """What each of several frozen linear layers makes of x [n, D]; with `keep` x itself first, for
+    its other use: all of them have one gradient.
+    """
+    plain = torch.is_grad_enabled() and x.requires_grad
+    if (
+        plain
+        and autocast_dtype(x) in (None, x.dtype)
+        and all(m.weight.dtype == x.dtype for m in linears)
+    ):
+        weights = [t for m in linears for t in (m.weight, m.bias)]
+        return _Branches.apply(x, keep, *weights)
+    made = tuple(F.linear(x, m.weight, m.bias) for m in linears)
+    return (x, *made) if keep else made
+
+
 # -- the first layer: only prompt rows have a gradient ---------------------------------------------
 
 
@@ -122,16 +163,17 @@ class FromPrompts(torch.autograd.Function):
         project_backward: as of `Block`.
         plan: of the batch.
         held: what `project` gives, whose prompt rows are overwritten; or None.
+        reads: whether `project_backward` looks at x.
     """
 
     @staticmethod
-    def forward(ctx, x, project, project_backward, plan, held=None):
+    def forward(ctx, x, project, project_backward, plan, held=None, reads=True):
         ctx.project_backward, ctx.plan = project_backward, plan
         ctx.autocast = autocast_dtype(x)
         rows = plan.prompt_rows
         # Not x itself: it may be a buffer that the next forward fills again.
-        own = x.index_select(0, rows)
-        ctx.save_for_backward(own)
+        own = x.index_select(0, rows) if reads or held is not None else None
+        ctx.save_for_backward(own if reads else None)
         if held is None:
             return x.view_as(x), *project(x, None)
         for whole, part in zip(held, project(own, rows), strict=True):
@@ -147,8 +189,8 @@ class FromPrompts(torch.autograd.Function):
         again = ctx.autocast is not None
         with torch.autocast(dx.device.type, ctx.autocast) if again else nullcontext():
             d = ctx.project_backward(ctx.saved_tensors[0], rows, grads)
-        d = d.to(dx.dtype) + dx.index_select(0, rows)
-        return torch.zeros_like(dx).index_copy_(0, rows, d), None, None, None, None
+        d = add(dx.index_select(0, rows), d)
+        return torch.zeros_like(dx).index_copy_(0, rows, d), *[None] * 5
 
 
 def backward_of(project: Callable, x: Tensor, grads: list[Tensor]) -> Tensor:

@@ -41,8 +41,8 @@ class Group:
     def places(self) -> int:
         return self.texts * self.size
 
-    def mask(self, limit: Tensor | None = None) -> Tensor | None:
-        """Which keys of each text may be seen, bool [G, S]; None: all.
+    def hidden(self, limit: Tensor | None = None) -> Tensor | None:
+        """Which keys of each text may not be seen, bool [G, S]; None: all may.
 
         Args:
             limit: int64 [G], how many of each text's rows; default: all that it has.
@@ -50,7 +50,7 @@ class Group:
         limit = self.lengths if limit is None else limit
         if limit is None:
             return None
-        return torch.arange(self.size, device=limit.device) < limit[:, None]
+        return torch.arange(self.size, device=limit.device) >= limit[:, None]
 
 
 class Plan:
@@ -70,16 +70,25 @@ class Plan:
         self.m, self.rows, self.size = m, rows, max_seqlen + m
         self.texts = len(cu_seqlens) - 1
         self.device = cu_seqlens.device
-        self.text_starts = cu_seqlens[:-1].long()
-        self.lengths = cu_seqlens.diff().long() + m  # [B]
-        step = m * torch.arange(self.texts, device=self.device)
-        self.starts = self.text_starts + step  # [B]
+        self._text_ends = cu_seqlens
+        step = torch.arange(0, (self.texts + 1) * m, m, device=self.device)
+        self._ends = cu_seqlens + step  # int64 [B + 1], prompts included
+        self.starts = self._ends[:-1]
+
+    @cached_property
+    def text_starts(self) -> Tensor:
+        """int64 [B], counted among text rows alone."""
+        return self._text_ends[:-1].long()
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """int64 [B], rows of each text and its prompt."""
+        return self._ends.diff()
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
         """int32 [B + 1], prompts included: what variable-length kernels take."""
-        ends = torch.cat((self.starts, self.starts.new_full((1,), self.rows)))
-        return ends.to(torch.int32)
+        return self._ends.to(torch.int32)
 
     @cached_property
     def prompt_rows(self) -> Tensor:
@@ -123,7 +132,7 @@ class Plan:
     @cached_property
     def order(self) -> Tensor:
         """int64 [B], the texts' numbers in the order of the groups."""
-        if self.device.type != "cpu":
+        if not self.sorted:
             return torch.arange(self.texts, device=self.device)
         return torch.from_numpy(self._host[0])
 
@@ -135,7 +144,7 @@ class Plan:
 
     @cached_property
     def groups(self) -> list[Group]:
-        if self.device.type != "cpu":
+        if not self.sorted:
             return [Group(self.texts, self.size, 0, self.lengths, slice(0, self.texts))]
         groups, first = [], 0
         sorted_lengths = self.lengths[self.order]
@@ -168,22 +177,54 @@ class Plan:
         return tuple(torch.cat(x) for x in (first, size, text, row))
 
     @cached_property
+    def _row_at(self) -> Tensor:
+        """int64 [B, S], of one group of all texts in their order: the row at each place; one of
+        another text, or none, at padding.
+        """
+        return self.starts[:, None] + torch.arange(self.size, device=self.device)
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        """`Group.hidden` of that group, bool [B, S]."""
+        return self._row_at >= self._ends[1:, None]
+
+    @property
+    def sorted(self) -> bool:
+        """Whether texts stand in groups in another order than that of the batch."""
+        return self.device.type == "cpu"
+
+    @cached_property
     def to_places(self) -> Tensor:
         """int64 [places], the packed row at each padded place; padding repeats the text's own first
         row, so that nothing of another text is ever near.
         """
+        if not self.sorted:
+            return torch.where(self.hidden, self.starts[:, None], self._row_at).flatten()
         _, _, text, row = self._places
         start = self.starts[text]
         return torch.where(row < self.lengths[text], start + row, start)
 
     @cached_property
+    def targets(self) -> Tensor:
+        """int64 [places], as `to_places`; padding goes to a row behind the last."""
+        if not self.sorted:
+            return self._row_at.masked_fill(self.hidden, self.rows).flatten()
+        _, _, text, row = self._places
+        return torch.where(row < self.lengths[text], self.starts[text] + row, self.rows)
+
+    def from_places(self, x: Tensor) -> Tensor:
+        """[places, D] -> [N, D]; what stands at padding is dropped."""
+        if self.sorted:
+            return x.index_select(0, self.to_rows)
+        out = x.new_empty(self.rows + 1, x.shape[1])
+        return out.index_copy_(0, self.targets, x)[:-1]
+
+    @cached_property
     def to_rows(self) -> Tensor:
         """int64 [N], the padded place of each packed row."""
-        _, _, text, row = self._places
-        place = torch.arange(len(text), device=self.device)
+        place = torch.arange(len(self.targets), device=self.device)
         # Padding writes to a row that is cut off.
-        target = torch.where(row < self.lengths[text], self.starts[text] + row, self.rows)
-        return place.new_empty(self.rows + 1).scatter_(0, target, place)[:-1]
+        return place.new_empty(self.rows + 1).scatter_(0, self.targets, place)[:-1]
 
     @cached_property
     def padding(self) -> Tensor | None:
@@ -227,7 +268,7 @@ class HeadPlaces:
         self.to_places = torch.empty_like(flat).scatter_(0, flat, source.flatten())
         self.to_rows = place[plan.to_rows].flatten()
         self.padding = None
-        if plan.padding is not None and plan.device.type == "cpu":
+        if plan.padding is not None and plan.sorted:
             self.padding = place[plan.padding].flatten()
         elif plan.padding is not None:
             # (How many there are is not known without waiting for the device.)

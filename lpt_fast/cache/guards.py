@@ -10,8 +10,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from ..backbone.watch import Watch, spine
 from .errors import CacheError
-from .identity import Place, cut, fingerprint, identity_of
+from .identity import Place, cut, fingerprint, identity_of, tensors_of
 
 if TYPE_CHECKING:
     from ..late_prompt import LatePrompt
@@ -67,21 +68,34 @@ def check_batch(late: LatePrompt, batch: PackedBatch) -> None:
     """Raises CacheError unless `batch` was computed by the very weights below the insertion.
 
     The weights are hashed when an identity is seen for the first time; after that, a step looks at
-    their version counters alone.
+    whether modules and tensors are the same, and at their version counters.
     """
     layer = late.active_config.insertion_layer
     seen = late.__dict__.setdefault("_seen_identities", {})
+    # (What was hashed is held, so that nothing else can come to lie at its addresses.)
+    known, _, watch = seen.get((batch.identity, layer), (None, None, None))
+    if watch is not None and watch.unchanged():
+        return
     place = cut(late.backbone, layer)  # anew: modules may have been replaced
     before = fingerprint(place.lower)
-    if before == seen.get((batch.identity, layer), (None,))[0]:
-        return
-    check_frozen(place)
-    own = identity_of(place, batch.store or "bf16", batch.compute_dtype)
-    if own.digest != batch.identity:
-        raise CacheError(
-            f"The cached batch was made by another model, configuration, layer or dtype (cache "
-            f"{batch.identity[:12]}, this model's would be {own.digest[:12]}); open the cache "
-            "with this model, or fill one with `lpt-fast precompute`."
-        )
-    # (What was hashed is held, so that nothing else can come to lie at its addresses.)
-    seen[batch.identity, layer] = (before, place)
+    if before != known:
+        check_frozen(place)
+        own = identity_of(place, batch.store or "bf16", batch.compute_dtype)
+        if own.digest != batch.identity:
+            raise CacheError(
+                f"The cached batch was made by another model, configuration, layer or dtype (cache "
+                f"{batch.identity[:12]}, this model's would be {own.digest[:12]}); open the cache "
+                "with this model, or fill one with `lpt-fast precompute`."
+            )
+    seen[batch.identity, layer] = (before, place, _watch(place))
+
+
+def _watch(place: Place) -> Watch:
+    """Of everything that `fingerprint` of the cut model would be made from."""
+    holders = spine(place.backbone, place.family)
+    # (The cut copy has holders of its own.)
+    real = {module for module in place.backbone.modules()}
+    modules = [module for module in place.lower.modules() if module in real]
+    modules = list(dict.fromkeys([*holders, *modules]))
+    tensors = [tensor for _, tensor in tensors_of(place.lower)]
+    return Watch(modules, ("_modules", "_parameters", "_buffers"), tensors=tensors)
