@@ -16,17 +16,17 @@ _PLACES = (
     "Tensor? readable_count, Tensor? order"
 )
 _SETTINGS = "str kind, SymInt m, SymInt T, bool last, float p"
-_SAVED = "Tensor z, Tensor arg, Tensor left, Tensor left_arg"
+_SAVED = "Tensor z, Tensor arg"
 
 _library = torch.library.Library("lpt_fast", "DEF")
 _library.define(
     f"insert_prompt_fwd(Tensor hidden, {_PLACES}, Tensor? source_start, Tensor? token_scale, "
     f"Tensor? channel_scale, Tensor? seed, {_SETTINGS}, ScalarType dtype) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     f"insert_prompt_into(Tensor(a!) buffer, {_PLACES}, Tensor? seed, {_SETTINGS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor)"
 )
 _library.define(
     f"insert_prompt_bwd(Tensor grad, Tensor out, {_PLACES}, {_SAVED}, Tensor? seed, {_SETTINGS}, "
@@ -125,8 +125,6 @@ def _bwd(
     order,
     z,
     arg,
-    left,
-    left_arg,
     seed,
     kind,
     m,
@@ -149,8 +147,6 @@ def _bwd(
         [w.contiguous() for w in weights],
         z,
         arg,
-        left,
-        left_arg,
         T=T,
         p_drop=p,
         seed=seed,
@@ -160,30 +156,13 @@ def _bwd(
     return [grad.new_empty(0) if d_hidden is None else d_hidden, *d_weights]
 
 
-def _saved_shapes(like, cu_seqlens, weights, kind, m, T, dtype):
+def _saved_shapes(like, cu_seqlens, weights, kind, m, dtype):
     """Empty tensors as the kernels save them."""
-    from lpt_kernels.insert import TILE
-
     B = cu_seqlens.shape[0] - 1
-    none = like.new_empty((0,), dtype=dtype)
-    none_arg = like.new_empty((0,), dtype=torch.int32)
-    if kind == "static":
-        return none, none_arg, like.new_empty((0,), dtype=dtype), none_arg.new_empty((0,))
-    R = weights[0].shape[0]
-    if kind == "npg":
-        z = like.new_empty((B, R), dtype=dtype)
-        return z, none_arg, none, none_arg.new_empty((0,))
-    tiles = (T + TILE - 1) // TILE
-    z = like.new_empty((B * m, R), dtype=dtype)
-    if kind == "appg":
-        left = like.new_empty((tiles, R), dtype=torch.float32)
-        return z, none_arg, left, none_arg.new_empty((0,))
-    return (
-        z,
-        none_arg.new_empty((B * m, R)),
-        like.new_empty((tiles, R), dtype=dtype),
-        none_arg.new_empty((tiles, R)),
-    )
+    R = 0 if kind == "static" else weights[0].shape[0]
+    z = {"static": (0,), "npg": (B, R)}.get(kind, (B * m, R))
+    arg = (B * m, R) if kind == "mppg" else (0,)
+    return like.new_empty(z, dtype=dtype), like.new_empty(arg, dtype=torch.int32)
 
 
 @torch.library.register_fake("lpt_fast::insert_prompt_fwd", lib=_library)
@@ -191,13 +170,13 @@ def _fwd_fake(hidden, cu_seqlens, weights, *rest):
     kind, m, T, _, _, dtype = rest[-6:]
     B = cu_seqlens.shape[0] - 1
     out = hidden.new_empty((T + B * m, hidden.shape[1]), dtype=dtype)
-    return (out, *_saved_shapes(hidden, cu_seqlens, weights, kind, m, T, dtype))
+    return (out, *_saved_shapes(hidden, cu_seqlens, weights, kind, m, dtype))
 
 
 @torch.library.register_fake("lpt_fast::insert_prompt_into", lib=_library)
 def _into_fake(buffer, cu_seqlens, weights, *rest):
-    kind, m, T, _, _ = rest[-5:]
-    return _saved_shapes(buffer, cu_seqlens, weights, kind, m, T, buffer.dtype)
+    kind, m, *_ = rest[-5:]
+    return _saved_shapes(buffer, cu_seqlens, weights, kind, m, buffer.dtype)
 
 
 @torch.library.register_fake("lpt_fast::insert_prompt_bwd", lib=_library)
@@ -255,7 +234,7 @@ class _Insert(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         out, cu_seqlens, *more = ctx.saved_tensors
-        optional, saved, seed, weights = more[:4], more[4:8], more[8], more[9:]
+        optional, saved, seed, weights = more[:4], more[4:6], more[6], more[7:]
         need_hidden = ctx.needs_input_grad[0]
         need_weights = any(ctx.needs_input_grad[7:])
         d_hidden, *d_weights = torch.ops.lpt_fast.insert_prompt_bwd(

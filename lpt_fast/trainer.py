@@ -101,6 +101,7 @@ class LPTTrainer(CountedTraining, Trainer):
         self.hold_projections, self.readout_only = hold_projections, readout_only
         self._ahead = ReadAhead()
         self._holding: CachedCollator | None = None
+        self._filters = False
         self._forget_rows()
         if model is not None:
             self._prepare_model(model)
@@ -374,6 +375,7 @@ class LPTTrainer(CountedTraining, Trainer):
             with self._ahead.running():
                 return super().train(*args, **kwargs)
         finally:
+            self._filter_again()
             self._let_go()
 
     def _inner_training_loop(self, *args, **kwargs):
@@ -457,8 +459,30 @@ class LPTTrainer(CountedTraining, Trainer):
         mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
         return {self._main_input: torch.empty(mask.shape, device="meta"), "attention_mask": mask}
 
+    # -- losses that are no numbers ----------------------------------------------------------------
+
+    def training_step(self, *args, **kwargs):
+        """As Trainer's. Of a loss that is NaN or infinite it adds the mean of those before to the
+        logged sum (`logging_nan_inf_filter`), and waits for the GPU in each step to see whether it
+        is. Here that is chosen on the device, and the Trainer does not look.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if not self.args.logging_nan_inf_filter:
+            return loss
+        steps = 1 + self.state.global_step - self._globalstep_last_logged
+        self.args.logging_nan_inf_filter, self._filters = False, True
+        return torch.where(torch.isfinite(loss), loss, self._tr_loss / steps)
+
+    def _filter_again(self) -> None:
+        """When the Trainer has added the loss: evaluation and checkpoints see the argument as it
+        was given.
+        """
+        if self._filters:
+            self.args.logging_nan_inf_filter, self._filters = True, False
+
     def floating_point_ops(self, inputs) -> int:
         """As Trainer's, which counts all layers for all tokens and padding, cached or not."""
+        self._filter_again()  # (it is what the loop asks for next)
         return super().floating_point_ops(self._sizes(inputs))
 
     def _track_num_input_tokens(self, inputs) -> None:

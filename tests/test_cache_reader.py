@@ -39,6 +39,18 @@ def root(tmp_path_factory):
     return all_stores(tmp_path_factory.mktemp("caches"))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("piece", [1, 300, 2**20])
+def test_the_whole_cache_in_pieces(root, piece, device):
+    """Every byte as from memory, however small the page-locked buffers are."""
+    cache = opened(root, "bf16", tier="page")
+    cache.read([0])
+    own = cache._reader
+    own.device = torch.device(device)
+    own._load()
+    assert torch.equal(own._stream(piece).cpu(), own._resident)
+
+
 def by_file(cache) -> list[torch.Tensor]:
     """Every row as the files have it, by the oracle of the gather kernels, float32 [n, D]."""
     codes, scales, channel = [], [], None

@@ -130,6 +130,43 @@ def test_without_a_cache_it_is_trainer(tmp_path):
     assert_same(*map(trained, models), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("filters", [True, False])
+def test_losses_that_are_no_numbers(tmp_path, monkeypatch, filters):
+    """What is logged is stock Trainer's, and nobody looks at a loss on the way: on a GPU each look
+    waits for it. Evaluation and checkpoints see the argument as it was given.
+    """
+    step, looks, isnan = Trainer.training_step, [], torch.isnan
+
+    def poisoned(self, *args, **kwargs):
+        loss = step(self, *args, **kwargs)
+        bad = {1: "nan", 2: "inf", 7: "-inf"}.get(self.state.global_step)
+        return loss if bad is None else torch.full_like(loss, float(bad))
+
+    class Evaluates(LPTTrainer):
+        def evaluation_loop(self, *args, **kwargs):
+            looks.append(self.args.logging_nan_inf_filter)
+            return super().evaluation_loop(*args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", poisoned)
+    how = {"logging_steps": 3, "logging_nan_inf_filter": filters, "save_strategy": "epoch"}
+    logs, data = [], rows(48)
+    for cls, folder in ((Trainer, "a"), (Evaluates, "b")):
+        args = arguments(tmp_path / folder, eval_strategy="epoch", **how)
+        trainer = cls(model_of("bert", "SEQ_CLS"), args, collate, data, data[:8])
+        counted = []
+        monkeypatch.setattr(torch, "isnan", lambda x, c=counted: c.append(x) or isnan(x))
+        trainer.train()
+        assert args.logging_nan_inf_filter == filters
+        logs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert not any(x.dim() == 0 and x.dtype == torch.float32 for x in counted)
+    assert looks == [filters] * 3 and len(logs[0]) == 6
+    np.testing.assert_array_equal(*logs)
+    assert filters == np.isfinite(logs[0]).all()
+    (first, *_) = sorted((tmp_path / "b").glob("checkpoint-*"))
+    saved = torch.load(first / "training_args.bin", weights_only=False)
+    assert saved.logging_nan_inf_filter == filters
+
+
 # -- order and steps -------------------------------------------------------------------------------
 
 

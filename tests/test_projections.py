@@ -50,12 +50,12 @@ def projected(monkeypatch) -> list[int]:
     """How many rows each first layer projected."""
     seen, run = [], packed_ops.FromPrompts.forward
 
-    def forward(ctx, x, project, project_backward, plan, held=None):
+    def forward(ctx, x, project, project_backward, plan, held=None, reads=True):
         def counted(x, rows):
             seen.append(len(x))
             return project(x, rows)
 
-        return run(ctx, x, counted, project_backward, plan, held)
+        return run(ctx, x, counted, project_backward, plan, held, reads)
 
     monkeypatch.setattr(packed_ops.FromPrompts, "forward", forward)
     return seen

@@ -1,7 +1,8 @@
 """Fused prompt insertion: the prompt generator and the concatenation in one pass over the text.
 
 `insert_fwd` and `insert_bwd` are plain functions on tensors; autograd, checks and the registration
-with PyTorch are lpt_fast.insertion's. Formulas: lpt_fast/reference.py (paper section 3.2).
+with PyTorch are lpt_fast.insertion's. Formulas: lpt_fast/reference.py (paper section 3.2). Launch
+configurations: insert_config.py.
 """
 
 from __future__ import annotations
@@ -13,26 +14,24 @@ from torch import Tensor
 
 from .insert_bwd import (
     down_bwd_kernel,
+    dz_bwd_kernel,
     hidden_bwd_kernel,
-    npg_down_bwd_kernel,
+    pools_bwd_kernel,
+    read_rows_kernel,
     static_bwd_kernel,
     up_bwd_kernel,
     up_bwd_weight_kernel,
 )
+from .insert_config import Config, block_d, block_p, block_r, candidates, config_of, splits_of
 from .insert_fwd import (
-    appg_down_fwd_kernel,
-    mppg_down_fwd_kernel,
     npg_down_fwd_kernel,
+    pools_down_fwd_kernel,
     static_fwd_kernel,
     up_fwd_kernel,
 )
-from .launch import best_config, ceil_div, launch, next_power_of_2
+from .launch import best_config, ceil_div, launch, precision_of
 
 KINDS = ("static", "npg", "appg", "mppg")
-# Text rows of a program of the pooling kernels, and so of a share of `left`. Twice as many would
-# halve how often W_d is read from the L2 cache, but [128, 128] blocks in fp32 do not fit the
-# registers (128 rows of mppg spilled 296 bytes a thread on sm_90 with 8 warps).
-TILE = 64
 
 
 @dataclass(frozen=True)
@@ -75,75 +74,6 @@ _BINS = ("readable_start", "readable_count")
 _SOURCES = ("order", "source_start", "token_scale", "channel_scale")
 
 
-@dataclass(frozen=True)
-class Config:
-    """Launch configuration of one kernel."""
-
-    BLOCK_D: int
-    num_warps: int = 4
-    num_stages: int = 2
-
-
-def _steps(B: int) -> int:
-    # In fours, so that few batch sizes need machine code of their own.
-    return ceil_div(B.bit_length() + 1, 4) * 4
-
-
-def _block_r(R: int) -> int:
-    return next_power_of_2(min(R, 128), 16)
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """What PyTorch's own setting for fp32 products asks of tl.dot."""
-    setting = torch.get_float32_matmul_precision() if dtype == torch.float32 else "highest"
-    if torch.version.hip is not None:
-        return "ieee"
-    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[setting]
-
-
-def _block_d(D: int, most: int) -> int:
-    return next_power_of_2(min(D, most), 16)
-
-
-def _config(kernel: str, kind: str, dtype: torch.dtype, D: int) -> Config:
-    """Blocks that fit the registers of every target (python -m lpt_kernels.targets --check).
-
-    Products of fp32 numbers have no tensor cores and hold whole rows of both factors in registers,
-    so that their blocks are smaller.
-    """
-    block_d, num_warps = (_BLOCKS_FP32 if dtype == torch.float32 else _BLOCKS)[kernel, kind]
-    return Config(_block_d(D, block_d), num_warps)
-
-
-def _candidates(D: int) -> list[Config]:
-    """What LPT_AUTOTUNE=1 tries beside the default."""
-    return [Config(_block_d(D, d), w, s) for d in (32, 64, 128) for w in (4, 8) for s in (2, 3)]
-
-
-_POOLS = ("appg", "mppg")
-# (kernel, kind) -> columns of a block at most, warps.
-_BLOCKS = {
-    ("down_fwd", "npg"): (64, 4),
-    **{("down_fwd", kind): (64, 8) for kind in _POOLS},
-    **{("up_fwd", kind): (64, 4) for kind in KINDS},
-    **{("up_bwd", kind): (32, 8) for kind in KINDS},
-    **{("up_bwd_weight", kind): (128, 8) for kind in KINDS},
-    ("down_bwd", "appg"): (64, 8),
-    ("down_bwd", "mppg"): (128, 8),
-    **{("hidden_bwd", kind): (64, 8 if kind == "appg" else 4) for kind in KINDS},
-}
-_BLOCKS_FP32 = _BLOCKS | {
-    ("down_fwd", "npg"): (32, 4),
-    **{("down_fwd", kind): (16, 8) for kind in _POOLS},
-    **{("up_fwd", kind): (16, 8) for kind in KINDS},
-    **{("up_bwd", kind): (16, 8) for kind in KINDS},
-    **{("up_bwd_weight", kind): (64, 8) for kind in KINDS},
-    ("down_bwd", "appg"): (32, 8),
-    ("down_bwd", "mppg"): (64, 8),
-    **{("hidden_bwd", kind): (32, 8) for kind in KINDS},
-}
-
-
 def _store(hidden: Tensor) -> str:
     return {torch.int8: "int8", torch.uint8: "fp8"}.get(hidden.dtype, "plain")
 
@@ -159,7 +89,7 @@ def insert_fwd(
     p_drop: float = 0.0,
     seed: Tensor | None = None,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Packed rows with prompts.
 
     Args:
@@ -176,7 +106,7 @@ def insert_fwd(
 
     Returns:
         out [T + B m, D], and what `insert_bwd` needs: z [B or B m, R] in `dtype`, arg int32
-        [B m, R] (mppg), left [tiles, R], left_arg int32 [tiles, R] (mppg); empty where not used.
+        [B m, R] (mppg); empty where not used.
     """
     B, m = layout.B, layout.m
     in_place = out is not None
@@ -194,12 +124,10 @@ def insert_fwd(
         m=m,
         D=D,
         stride_xt=hidden.stride(0),
-        STEPS=_steps(B),
         STORE=_store(hidden),
         **layout.arguments(*_PLACES, *_SOURCES),
     )
-    none = out.new_empty(0)
-    none_arg = out.new_empty(0, dtype=torch.int32)
+    none, none_arg = out.new_empty(0), out.new_empty(0, dtype=torch.int32)
     if kind == "static":
         (prompt,) = weights
         block_t = 16
@@ -214,132 +142,97 @@ def insert_fwd(
             SHARED=prompt.dim() == 2,
             DROP=drop,
             BLOCK_T=block_t,
-            BLOCK_D=_block_d(D, 256),
+            BLOCK_D=block_d(D, 256),
             **common,
         )
-        return out, none, none_arg, none.clone(), none_arg.clone()
+        return out, none, none_arg
 
     w_down, b_down, w_up, b_up = weights
     R = w_down.shape[0]
-    block_r = _block_r(R)
     down = dict(
         common,
         w_down_ptr=w_down,
         R=R,
         IN_PLACE=in_place,
-        PRECISION=_precision(dtype),
-        BLOCK_R=block_r,
-        **layout.arguments(*_BINS),
+        PRECISION=precision_of(dtype),
     )
-    arg, left, left_arg = none_arg, none, none_arg.clone()
-    r_blocks = ceil_div(R, block_r)
-    key = (kind, dtype, D, block_r, in_place, T.bit_length(), B.bit_length())
+    key = (kind, dtype, D, R, in_place, T.bit_length(), B.bit_length())
+    arg, h = none_arg, None
     if kind == "npg":
         z = out.new_empty((B, R))
-        down_tiles = ceil_div(B, 16) * r_blocks
-        grid = (down_tiles + (0 if in_place else ceil_div(T, 32)),)
 
-        def run(config):
+        def run_down(config: Config):
+            r_block = min(block_r(R), config.BLOCK_R)
+            down_tiles = ceil_div(B, 16) * ceil_div(R, r_block)
             launch(
                 npg_down_fwd_kernel,
-                grid,
+                (down_tiles + (0 if in_place else ceil_div(T, config.BLOCK_T)),),
                 z_ptr=z,
                 down_tiles=down_tiles,
                 LAST=layout.last,
                 BLOCK_B=16,
-                BLOCK_T=32,
-                BLOCK_D=config.BLOCK_D,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
+                BLOCK_R=r_block,
+                **config.blocks("BLOCK_T", "BLOCK_D"),
+                **layout.arguments(*_BINS),
                 **down,
             )
 
     else:
-        tiles = ceil_div(T, TILE)
-        z = out.new_empty((B * m, R))
-        # Zeros, for a tile in which no bin goes on leaves its share alone.
-        left = out.new_zeros((tiles, R), dtype=torch.float32 if kind == "appg" else dtype)
+        z, h = out.new_empty((B * m, R)), out.new_empty((T, R))
         if kind == "mppg":
             arg = none_arg.new_empty((B * m, R))
-            left_arg = none_arg.new_zeros((tiles, R))
-            # Prompt rows whose maxima are looked for together.
-            extra = dict(arg_ptr=arg, left_arg_ptr=left_arg, BLOCK_P=16, LONG=8)
-        else:
-            # Bins that a tile of average texts touches, with room for shorter ones.
-            extra = dict(BLOCK_P=_bins_of_tile(TILE, T, B, m))
-        kernel = mppg_down_fwd_kernel if kind == "mppg" else appg_down_fwd_kernel
 
-        def run(config):
+        def run_down(config: Config):
             launch(
-                kernel,
-                (tiles, r_blocks),
-                z_ptr=z,
-                left_ptr=left,
-                TILE=TILE,
-                BLOCK_D=config.BLOCK_D,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-                **extra,
+                pools_down_fwd_kernel,
+                (ceil_div(T, config.BLOCK_T), ceil_div(R, block_r(R))),
+                h_ptr=h,
+                BLOCK_R=block_r(R),
+                **config.blocks("BLOCK_T", "BLOCK_D"),
                 **down,
             )
 
-    default = _config("down_fwd", kind, dtype, D)
-    run(best_config(("down", *key), default, _candidates(D), run, out.device))
-    _up(kind, out, z, left, b_down, w_up, b_up, layout, p_drop, seed, key)
-    return out, z, arg, left, left_arg
+    name = "npg_down_fwd" if kind == "npg" else "pools_down_fwd"
+    default = config_of(name, dtype, D)
+    run_down(best_config((name, *key), default, candidates(name, D), run_down, out.device))
 
+    rows = len(z)
 
-def _bins_of_tile(tile: int, T: int, B: int, m: int) -> int:
-    bins = tile * m * B // max(T, 1) + 2
-    return next_power_of_2(min(bins + bins // 4, 128), 16)
-
-
-def _up(kind, out, z, left, b_down, w_up, b_up, layout, p_drop, seed, key):
-    """Second launch: prompt rows from z."""
-    rows, R = z.shape
-    D, m = out.shape[1], layout.m
-    block_r = _block_r(R)
-    block_p = next_power_of_2(min(rows, 64), 16)
-    # A program makes about 1,024 columns of npg's prompts from its rows of z.
-    J = min(m, max(1, 1024 // D)) if kind == "npg" else 1
-    row_blocks = ceil_div(rows, block_p)
-    # Each split of D reads z again; that may cost a twentieth of what has to be moved.
-    T = out.shape[0] - layout.B * m
-    room = (2 * T + rows) * D // max(20 * rows * R, 1)
-    splits = 1 if kind == "npg" else max(1, min(4, 132 // max(row_blocks, 1), room))
-
-    def run(config):
+    def run_up(config: Config):
+        p_block = block_p(rows, config.BLOCK_T)
+        row_blocks, columns = ceil_div(rows, p_block), ceil_div(D, config.BLOCK_D)
+        # Programs that share the columns of a row block: npg one for each, for it has m D of them;
+        # pooled rows are made anew by each.
+        shared = columns * m if kind == "npg" else splits_of(row_blocks, columns)
         launch(
             up_fwd_kernel,
-            (row_blocks, splits, ceil_div(m, J) if kind == "npg" else 1),
+            (row_blocks, shared),
             out_ptr=out,
             z_ptr=z,
-            left_ptr=left,
+            arg_ptr=arg,
+            h_ptr=h,
             b_down_ptr=b_down,
             w_up_ptr=w_up,
             b_up_ptr=b_up,
-            seed_ptr=seed if p_drop > 0 else None,
+            seed_ptr=seed if drop else None,
             rows=rows,
             m=m,
             D=D,
             R=R,
             p_drop=p_drop,
             KIND=kind,
-            DROP=p_drop > 0,
-            PRECISION=_precision(out.dtype),
-            TILE=TILE,
-            J=J,
-            ONE_R=block_r >= R,
-            BLOCK_P=block_p,
-            BLOCK_R=block_r,
-            BLOCK_D=config.BLOCK_D,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            DROP=drop,
+            PRECISION=precision_of(dtype),
+            ONE_R=block_r(R) >= R,
+            BLOCK_P=p_block,
+            BLOCK_R=block_r(R),
+            **config.blocks("BLOCK_D"),
             **layout.arguments(*_PLACES, *_BINS),
         )
 
-    default = _config("up_fwd", kind, out.dtype, D)
-    run(best_config(("up", *key), default, _candidates(D), run, out.device))
+    default = config_of("up_fwd", dtype, D)
+    run_up(best_config(("up_fwd", *key), default, candidates("up_fwd", D), run_up, out.device))
+    return out, z, arg
 
 
 def insert_bwd(
@@ -350,8 +243,6 @@ def insert_bwd(
     weights: list[Tensor],
     z: Tensor,
     arg: Tensor,
-    left: Tensor,
-    left_arg: Tensor,
     *,
     T: int,
     p_drop: float,
@@ -364,214 +255,248 @@ def insert_bwd(
     Args:
         grad: of the output, [T + B m, D], last dimension contiguous.
         out: the output; its text rows stand for `hidden`.
-        z, arg, left, left_arg: from `insert_fwd`; the rest as there.
+        z, arg: from `insert_fwd`; the rest as there.
     """
     B, m, D = layout.B, layout.m, grad.shape[1]
     drop = p_drop > 0
     drops = dict(seed_ptr=seed if drop else None, p_drop=p_drop, DROP=drop)
-    places = layout.arguments(*_PLACES)
-    bins = layout.arguments(*_BINS)
-    precision = _precision(grad.dtype)
     if kind == "static":
+        d_weights = [_static_bwd(grad, layout, weights[0], drops)] if need_weights else []
+        d_h = place = None
+    else:
+        dz = _dz(kind, grad, layout, weights, z, drops)
+        d_h, place = _d_h(kind, dz, arg, layout, T)
         d_weights = []
         if need_weights:
-            (prompt,) = weights
-            d_prompt = grad.new_empty(prompt.shape, dtype=torch.float32)
-            block_d = _block_d(D, 128)
-            launch(
-                static_bwd_kernel,
-                (m, ceil_div(D, block_d)),
-                grad_ptr=grad,
-                d_prompt_ptr=d_prompt,
-                B=B,
-                m=m,
-                D=D,
-                stride_gt=grad.stride(0),
-                SHARED=prompt.dim() == 2,
-                BLOCK_B=32,
-                BLOCK_D=block_d,
-                **drops,
-                **places,
-            )
-            d_weights = [d_prompt]
-        dz = None
-    else:
-        dz, d_weights = _weights_bwd(
-            kind, grad, out, layout, weights, z, arg, left, left_arg, T, drops, need_weights
-        )
+            up = _up_weight(kind, grad, layout, weights, z, drops)
+            d_weights = [*_down_weight(out, d_h, place), *up]
     if not need_hidden:
         return None, d_weights
     d_hidden = grad.new_empty((T, D))
-    R = 1 if kind == "static" else z.shape[1]
-    # Small blocks: mppg holds several [BLOCK_T, BLOCK_R] at once.
-    block_t = 32 if kind in ("npg", "mppg") else 64
-    config = _config("hidden_bwd", kind, grad.dtype, D)
-    launch(
-        hidden_bwd_kernel,
-        (ceil_div(T, block_t), ceil_div(D, config.BLOCK_D)),
-        grad_ptr=grad,
-        d_x_ptr=d_hidden,
-        w_down_ptr=None if kind == "static" else weights[0],
-        b_down_ptr=None if kind == "static" else weights[1],
-        dz_ptr=dz,
-        z_ptr=z,
-        arg_ptr=arg,
-        left_ptr=left,
-        left_arg_ptr=left_arg,
-        order_ptr=layout.order,
-        T=T,
-        B=B,
-        m=m,
-        D=D,
-        R=R,
-        stride_gt=grad.stride(0),
-        KIND=kind,
-        LAST=layout.last,
-        PRECISION=precision,
-        STEPS=_steps(B),
-        TILE=TILE,
-        BLOCK_T=block_t,
-        BLOCK_R=min(_block_r(R), 64),
-        BLOCK_D=config.BLOCK_D,
-        num_warps=config.num_warps,
-        **places,
-        **bins,
-    )
+    R = 1 if d_h is None else d_h.shape[1]
+    config = config_of("hidden_bwd", grad.dtype, D)
+
+    def run(count, d_h, read=False):
+        launch(
+            hidden_bwd_kernel,
+            (ceil_div(count, config.BLOCK_T),),
+            grad_ptr=grad,
+            d_x_ptr=d_hidden,
+            w_down_ptr=None if d_h is None else weights[0],
+            d_h_ptr=d_h,
+            order_ptr=layout.order,
+            count=count,
+            B=B,
+            m=m,
+            D=D,
+            R=R,
+            stride_gt=grad.stride(0),
+            READ=read,
+            LAST=layout.last,
+            PRECISION=precision_of(grad.dtype),
+            ONE_R=block_r(R) >= R,
+            BLOCK_R=block_r(R),
+            **config.blocks("BLOCK_T", "BLOCK_D"),
+            **layout.arguments(*_PLACES, *_BINS),
+        )
+
+    run(T, None if kind == "npg" else d_h)
+    if kind == "npg":  # the few rows that it read, once more
+        run(B, d_h, read=True)
     return d_hidden, d_weights
 
 
-def _weights_bwd(kind, grad, out, layout, weights, z, arg, left, left_arg, T, drops, need_weights):
-    """dz, and when asked the gradients of the four weights, fp32."""
-    _, b_down, w_up, _ = weights
-    B, m, D, R = layout.B, layout.m, grad.shape[1], z.shape[1]
-    rows = z.shape[0]
-    npg = kind == "npg"
-    block_r = _block_r(R)
-    r_blocks = ceil_div(R, block_r)
-    block_p = next_power_of_2(min(rows, 64), 16)
-    places = layout.arguments(*_PLACES)
-    bins = layout.arguments(*_BINS)
-    up = dict(
+def _static_bwd(grad, layout, prompt, drops) -> Tensor:
+    B, m, D = layout.B, layout.m, grad.shape[1]
+    shared = prompt.dim() == 2
+    config = config_of("static_bwd", grad.dtype, D)
+    columns = ceil_div(D, config.BLOCK_D)
+    chunk, splits = _chunks(B, 32, m * columns)
+    size = (splits, m, D) if shared else (B, m, D)
+    d_prompt = grad.new_empty(size, dtype=torch.float32)
+    launch(
+        static_bwd_kernel,
+        (m, columns, splits),
         grad_ptr=grad,
+        d_prompt_ptr=d_prompt,
+        B=B,
+        m=m,
+        D=D,
+        stride_gt=grad.stride(0),
+        chunk=chunk,
+        SHARED=shared,
+        BLOCK_B=32,
+        **config.blocks("BLOCK_D"),
+        **drops,
+        **layout.arguments(*_PLACES),
+    )
+    return _total(d_prompt) if shared else d_prompt
+
+
+def _dz(kind, grad, layout, weights, z, drops) -> Tensor:
+    """Gradient of z [rows, R], behind the ReLU, in the dtype of z."""
+    _, b_down, w_up, _ = weights
+    m, D, (rows, R) = layout.m, grad.shape[1], z.shape
+    config = config_of("up_bwd", grad.dtype, D)
+    p_block, r_blocks = block_p(rows, config.BLOCK_T), ceil_div(R, block_r(R))
+    row_blocks, units = ceil_div(rows, p_block), m if kind == "npg" else 1
+    # So many parts of D that there are programs for every multiprocessor.
+    parts = splits_of(row_blocks * r_blocks * units, ceil_div(D, config.BLOCK_D))
+    width = ceil_div(ceil_div(D, config.BLOCK_D), parts) * config.BLOCK_D
+    parts = ceil_div(D, width)
+    splits = units * parts
+    dz = torch.empty_like(z)
+    whole = splits == 1
+    partial = dz if whole else z.new_empty((splits, rows, R), dtype=torch.float32)
+    launch(
+        up_bwd_kernel,
+        (row_blocks, r_blocks, splits),
+        grad_ptr=grad,
+        dz_ptr=partial,
         z_ptr=z,
-        left_ptr=left,
         b_down_ptr=b_down,
+        w_up_ptr=w_up,
         rows=rows,
         m=m,
         D=D,
         R=R,
         stride_gt=grad.stride(0),
+        parts=parts,
+        part_width=width,
         KIND=kind,
-        PRECISION=_precision(grad.dtype),
-        TILE=TILE,
-        BLOCK_P=block_p,
-        BLOCK_R=block_r,
+        WHOLE=whole,
+        PRECISION=precision_of(grad.dtype),
+        BLOCK_P=p_block,
+        BLOCK_R=block_r(R),
+        **config.blocks("BLOCK_D"),
         **drops,
-        **places,
-        **bins,
+        **layout.arguments(*_PLACES),
     )
-    J = min(m, max(1, 1024 // D)) if npg else 1
-    splits = ceil_div(m, J) if npg else 1
-    if npg:
-        dz = z.new_empty((splits, B, R), dtype=torch.float32)
-    else:
-        dz = torch.empty_like(z)
-    config = _config("up_bwd", kind, grad.dtype, D)
-    launch(
-        up_bwd_kernel,
-        (ceil_div(rows, block_p), r_blocks, splits),
-        dz_ptr=dz,
-        w_up_ptr=w_up,
-        J=J,
-        BLOCK_D=config.BLOCK_D,
-        num_warps=config.num_warps,
-        **up,
-    )
-    if npg:
-        dz = dz.sum(0)
-    if not need_weights:
-        return dz, []
-
-    # Partial sums are written and read once more, so there are few of them.
-    splits = m if npg else max(1, min(8, rows // 256))
-    d_w_up = z.new_empty((splits, D, R), dtype=torch.float32)
-    d_b_up = z.new_empty((splits, D), dtype=torch.float32)
-    config = _config("up_bwd_weight", kind, grad.dtype, D)
-    launch(
-        up_bwd_weight_kernel,
-        (ceil_div(D, config.BLOCK_D), r_blocks, splits),
-        d_w_ptr=d_w_up,
-        d_b_ptr=d_b_up,
-        BLOCK_D=config.BLOCK_D,
-        num_warps=config.num_warps,
-        **(up | dict(BLOCK_P=min(block_p, 16))),
-    )
-    if npg:
-        d_w_up, d_b_up = d_w_up.view(m * D, R), d_b_up.view(m * D)
-        d_w_down = z.new_empty((R, D), dtype=torch.float32)
-        d_b_down = z.new_empty((R,), dtype=torch.float32)
-        block_d = _block_d(D, 64)
+    if not whole:
         launch(
-            npg_down_bwd_kernel,
-            (ceil_div(D, block_d), r_blocks),
-            out_ptr=out,
-            d_w_ptr=d_w_down,
-            d_b_ptr=d_b_down,
+            dz_bwd_kernel,
+            (ceil_div(rows, 16), r_blocks),
+            partial_ptr=partial,
             dz_ptr=dz,
             z_ptr=z,
             b_down_ptr=b_down,
-            order_ptr=layout.order,
-            B=B,
-            m=m,
-            D=D,
+            rows=rows,
             R=R,
-            LAST=layout.last,
-            PRECISION=up["PRECISION"],
-            BLOCK_B=16,
-            BLOCK_R=block_r,
-            BLOCK_D=block_d,
-            **places,
-            **bins,
+            splits=splits,
+            BLOCK_P=16,
+            BLOCK_R=block_r(R),
         )
-        return dz, [d_w_down, d_b_down, d_w_up, d_b_up]
+    return dz
 
-    d_w_up, d_b_up = _total(d_w_up), _total(d_b_up)
-    block_t = 32 if kind == "mppg" else 64
-    splits = max(1, min(8, T // 512))
-    config = _config("down_bwd", kind, grad.dtype, D)
-    if kind == "mppg":
-        block_r = min(block_r, 64)
-        r_blocks = ceil_div(R, block_r)
-    d_w_down = z.new_empty((splits, R, D), dtype=torch.float32)
+
+def _d_h(kind, dz, arg, layout, T) -> tuple[Tensor, Tensor]:
+    """Gradient of the down-projection of the rows that the generator has read, [T, R], npg: [B, R];
+    and the output rows that these are, int32, -1 for those that it has not read.
+    """
+    B, m, R = layout.B, layout.m, dz.shape[1]
+    common = layout.arguments(*_PLACES, *_BINS, "order") | dict(B=B, m=m)
+    if kind == "npg":
+        place = dz.new_empty(B, dtype=torch.int32)
+        launch(
+            read_rows_kernel,
+            (ceil_div(B, 128),),
+            place_ptr=place,
+            LAST=layout.last,
+            BLOCK_B=128,
+            **common,
+        )
+        return dz, place
+    d_h, place = dz.new_empty((T, R)), dz.new_empty(T, dtype=torch.int32)
+    block_t = 32
+    launch(
+        pools_bwd_kernel,
+        (ceil_div(T, block_t), ceil_div(R, block_r(R))),
+        d_h_ptr=d_h,
+        place_ptr=place,
+        dz_ptr=dz,
+        arg_ptr=arg,
+        T=T,
+        R=R,
+        KIND=kind,
+        BLOCK_T=block_t,
+        BLOCK_R=block_r(R),
+        **common,
+    )
+    return d_h, place
+
+
+def _up_weight(kind, grad, layout, weights, z, drops) -> list[Tensor]:
+    """Gradients of W_u and b_u, fp32."""
+    m, D, (rows, R) = layout.m, grad.shape[1], z.shape
+    N = m * D if kind == "npg" else D
+    config = config_of("up_bwd_weight", grad.dtype, D)
+    p_block = block_p(rows, config.BLOCK_T)
+    blocks = ceil_div(D, config.BLOCK_D) * (N // D) * ceil_div(R, block_r(R))
+    chunk, splits = _chunks(rows, p_block, blocks)
+    partial = z.new_empty((splits, N * R + N), dtype=torch.float32)
+    launch(
+        up_bwd_weight_kernel,
+        (ceil_div(D, config.BLOCK_D) * (N // D), ceil_div(R, block_r(R)), splits),
+        grad_ptr=grad,
+        d_w_ptr=partial,
+        z_ptr=z,
+        b_down_ptr=weights[1],
+        rows=rows,
+        m=m,
+        D=D,
+        R=R,
+        stride_gt=grad.stride(0),
+        stride_split=partial.stride(0),
+        chunk=chunk,
+        KIND=kind,
+        PRECISION=precision_of(grad.dtype),
+        BLOCK_P=p_block,
+        BLOCK_R=block_r(R),
+        **config.blocks("BLOCK_D"),
+        **drops,
+        **layout.arguments(*_PLACES),
+    )
+    d_w, d_b = _total(partial).split([N * R, N])
+    return [d_w.view(N, R), d_b]
+
+
+def _down_weight(out, d_h, place) -> list[Tensor]:
+    """Gradients of W_d and b_d, fp32."""
+    (count, R), D = d_h.shape, out.shape[1]
+    config = config_of("down_bwd", out.dtype, D)
+    r_blocks = ceil_div(R, block_r(R))
+    chunk, splits = _chunks(count, config.BLOCK_T, ceil_div(D, config.BLOCK_D) * r_blocks)
+    partial = d_h.new_empty((splits, R * D + R), dtype=torch.float32)
     launch(
         down_bwd_kernel,
         (ceil_div(D, config.BLOCK_D), r_blocks, splits),
         out_ptr=out,
-        d_w_ptr=d_w_down,
-        dz_ptr=dz,
-        z_ptr=z,
-        arg_ptr=arg,
-        left_ptr=left,
-        left_arg_ptr=left_arg,
-        order_ptr=layout.order,
-        T=T,
-        B=B,
-        m=m,
+        d_w_ptr=partial,
+        d_h_ptr=d_h,
+        place_ptr=place,
+        count=count,
         D=D,
         R=R,
-        KIND=kind,
-        PRECISION=up["PRECISION"],
-        STEPS=_steps(B),
-        TILE=TILE,
-        BLOCK_T=block_t,
-        BLOCK_P=_bins_of_tile(block_t, T, B, m),
-        BLOCK_R=block_r,
-        BLOCK_D=config.BLOCK_D,
-        num_warps=config.num_warps,
-        **places,
-        **bins,
+        stride_split=partial.stride(0),
+        chunk=chunk,
+        PRECISION=precision_of(out.dtype),
+        BLOCK_R=block_r(R),
+        **config.blocks("BLOCK_T", "BLOCK_D"),
     )
-    return dz, [_total(d_w_down), dz.sum(0, dtype=torch.float32), d_w_up, d_b_up]
+    d_w, d_b = _total(partial).split([R * D, R])
+    return [d_w.view(R, D), d_b]
+
+
+def _chunks(count: int, block: int, blocks: int) -> tuple[int, int]:
+    """Rows of a split, whole blocks of them, and how many splits; one at least, for gradients of no
+    rows are zero.
+
+    Args:
+        count: rows. block: of a step. blocks: programs that there are for each split.
+    """
+    splits = splits_of(blocks, ceil_div(count, 2 * block))
+    chunk = max(ceil_div(ceil_div(count, block), splits), 1) * block
+    return chunk, max(ceil_div(count, chunk), 1)
 
 
 def _total(partial: Tensor) -> Tensor:

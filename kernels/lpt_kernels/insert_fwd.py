@@ -1,8 +1,9 @@
 """Forward kernels of the fused prompt insertion.
 
 Two launches: the first (`*_down_fwd_kernel`) reads every text row once, copies it to its place in
-the output and makes the bottleneck z on the way; the second (`up_fwd_kernel`) makes the prompt rows
-from z. Prompts that need no text (`static`) take one.
+the output and makes what the bottleneck needs on the way: npg z of one row an example, appg and
+mppg h = W_d x of every row. The second (`up_fwd_kernel`) pools h, which is small and still in the
+L2 cache, and makes the prompt rows. Prompts that need no text (`static`) take one.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import dot, example_of, keep_scale, load_rows, relu, round_to
+from .common import dot, keep_scale, load_rows, relu, round_to
 from .rows import (
     bottleneck,
     destination,
-    pooling_bin,
-    prompt_rows_of,
+    examples_of,
+    pooled,
     prompt_start,
     readable,
     source,
@@ -41,7 +42,6 @@ def copy_tile(
     m,
     D,
     stride_xt,
-    STEPS: tl.constexpr,
     STORE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -50,7 +50,7 @@ def copy_tile(
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
     mask = t < T
-    b = example_of(cu_seqlens_ptr, tl.minimum(t, T - 1), B, STEPS)
+    b = examples_of(cu_seqlens_ptr, tile * BLOCK_T, B, BLOCK_T)
     place = destination(t, b, mask, m, insert_at_ptr, order_ptr)
     row = source(t, b, mask, m, cu_seqlens_ptr, insert_at_ptr, order_ptr, source_start_ptr, False)
     for d_first in range(0, D, BLOCK_D):
@@ -93,7 +93,6 @@ def static_fwd_kernel(
     copy_tiles,
     SHARED: tl.constexpr,
     DROP: tl.constexpr,
-    STEPS: tl.constexpr,
     STORE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -116,7 +115,6 @@ def static_fwd_kernel(
             m,
             D,
             stride_xt,
-            STEPS,
             STORE,
             BLOCK_T,
             BLOCK_D,
@@ -165,7 +163,6 @@ def npg_down_fwd_kernel(
     LAST: tl.constexpr,
     IN_PLACE: tl.constexpr,
     PRECISION: tl.constexpr,
-    STEPS: tl.constexpr,
     STORE: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -229,7 +226,6 @@ def npg_down_fwd_kernel(
             m,
             D,
             stride_xt,
-            STEPS,
             STORE,
             BLOCK_T,
             BLOCK_D,
@@ -237,16 +233,13 @@ def npg_down_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def appg_down_fwd_kernel(
+def pools_down_fwd_kernel(
     x_ptr,  # [T, D], a cache, or the output itself
     out_ptr,  # [T + B m, D]
-    z_ptr,  # [B m, R]
-    left_ptr,  # fp32 [tiles, R]
+    h_ptr,  # [T, R]
     w_down_ptr,  # [R, D]
     cu_seqlens_ptr,
     insert_at_ptr,
-    readable_start_ptr,
-    readable_count_ptr,
     order_ptr,
     source_start_ptr,
     token_scale_ptr,
@@ -259,141 +252,27 @@ def appg_down_fwd_kernel(
     stride_xt,
     IN_PLACE: tl.constexpr,
     PRECISION: tl.constexpr,
-    STEPS: tl.constexpr,
     STORE: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Mean of each bin, then W_d of the means; copies the rows on the way.
+    """h = W_d x of every row; copies the rows on the way.
 
-    Grid: ceil(T / TILE) x ceil(R / BLOCK_R) programs; the first column of programs copies. A tile
-    that more than BLOCK_P bins touch is read again for each further BLOCK_P.
+    Grid: ceil(T / BLOCK_T) x ceil(R / BLOCK_R) programs; the first column of programs copies.
     """
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     tile = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    t = tile * TILE + tl.arange(0, TILE)
-    end = tl.minimum(tile * TILE + TILE, T)
+    t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
     mask = t < T
-    b = example_of(cu_seqlens_ptr, tl.minimum(t, T - 1), B, STEPS)
-    b_first = tl.min(b, axis=0)
-    b_last = tl.max(b, axis=0)
-    place = destination(t, b, mask, m, insert_at_ptr, order_ptr)
-    row = source(
-        t, b, mask, m, cu_seqlens_ptr, insert_at_ptr, order_ptr, source_start_ptr, IN_PLACE
-    )
-    start, n = readable(b, mask, cu_seqlens_ptr, readable_start_ptr, readable_count_ptr)
-    useful = mask & (t >= start) & (t < start + n)
-    p_low, p_high = prompt_rows_of(
-        tile * TILE,
-        end,
-        b_first,
-        b_last,
-        m,
-        cu_seqlens_ptr,
-        readable_start_ptr,
-        readable_count_ptr,
-    )
-    copies = (not IN_PLACE) & (tl.program_id(1) == 0)
-    # At least once, for a tile without readable rows is copied too.
-    for p_first in range(p_low, tl.maximum(p_high, p_low + 1), BLOCK_P):
-        p = p_first + tl.arange(0, BLOCK_P)
-        p_mask = p < p_high
-        bin_begin, bin_end = pooling_bin(
-            p, p_mask, m, cu_seqlens_ptr, readable_start_ptr, readable_count_ptr
-        )
-        member = (t[None, :] >= bin_begin[:, None]) & (t[None, :] < bin_end[:, None])
-        member = member.to(tl.float32)  # [BLOCK_P, TILE], exact in every dtype
-        share = 1.0 / tl.maximum(bin_end - bin_begin, 1).to(tl.float32)
-        z = tl.zeros((BLOCK_P, BLOCK_R), dtype=tl.float32)
-        for d_first in range(0, D, BLOCK_D):
-            d = d_first + tl.arange(0, BLOCK_D)
-            inside = mask[:, None] & (d < D)[None, :]
-            x = load_rows(
-                x_ptr,
-                row,
-                d,
-                mask,
-                d < D,
-                stride_xt,
-                token_scale_ptr,
-                channel_scale_ptr,
-                dtype,
-                STORE,
-            )
-            if copies & (p_first == p_low):
-                tl.store(out_ptr + place[:, None] * D + d[None, :], x, mask=inside)
-            # Rows that may not be read can hold anything, and 0 NaN is not 0.
-            x = tl.where(useful[:, None], x, 0.0)
-            pooled = tl.zeros((BLOCK_P, BLOCK_D), dtype=tl.float32)
-            pooled = dot(member, x, pooled, dtype, PRECISION) * share[:, None]
-            w = tl.load(
-                w_down_ptr + c[None, :].to(tl.int64) * D + d[:, None],
-                mask=(c < R)[None, :] & (d < D)[:, None],
-                other=0.0,
-            )
-            z = dot(pooled, w, z, dtype, PRECISION)
-        inside = p_mask[:, None] & (c < R)[None, :]
-        own = inside & (bin_begin >= tile * TILE)[:, None]
-        z_at = p.to(tl.int64)[:, None] * R + c[None, :]
-        tl.store(z_ptr + z_at, round_to(z, dtype), mask=own)
-        left_at = tl.zeros_like(p).to(tl.int64)[:, None] + tile.to(tl.int64) * R + c[None, :]
-        tl.store(left_ptr + left_at, z, mask=inside & (bin_begin < tile * TILE)[:, None])
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def mppg_down_fwd_kernel(
-    x_ptr,  # [T, D], a cache, or the output itself
-    out_ptr,  # [T + B m, D]
-    z_ptr,  # [B m, R]
-    arg_ptr,  # int32 [B m, R]
-    left_ptr,  # [tiles, R]
-    left_arg_ptr,  # int32 [tiles, R]
-    w_down_ptr,  # [R, D]
-    cu_seqlens_ptr,
-    insert_at_ptr,
-    readable_start_ptr,
-    readable_count_ptr,
-    order_ptr,
-    source_start_ptr,
-    token_scale_ptr,
-    channel_scale_ptr,
-    T,
-    B,
-    m,
-    D,
-    R,
-    stride_xt,
-    IN_PLACE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STEPS: tl.constexpr,
-    STORE: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    LONG: tl.constexpr,
-):
-    """W_d of every row, then the maximum of each bin and channel and the row that has it (the first
-    of equals); copies the rows on the way. Grid as in appg_down_fwd_kernel.
-    """
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
-    tile = tl.program_id(0)
-    c = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    t = tile * TILE + tl.arange(0, TILE)
-    end = tl.minimum(tile * TILE + TILE, T)
-    mask = t < T
-    b = example_of(cu_seqlens_ptr, tl.minimum(t, T - 1), B, STEPS)
-    b_first = tl.min(b, axis=0)
-    b_last = tl.max(b, axis=0)
+    b = examples_of(cu_seqlens_ptr, tile * BLOCK_T, B, BLOCK_T)
     place = destination(t, b, mask, m, insert_at_ptr, order_ptr)
     row = source(
         t, b, mask, m, cu_seqlens_ptr, insert_at_ptr, order_ptr, source_start_ptr, IN_PLACE
     )
     copies = (not IN_PLACE) & (tl.program_id(1) == 0)
-    h = tl.zeros((TILE, BLOCK_R), dtype=tl.float32)
+    h = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
     for d_first in range(0, D, BLOCK_D):
         d = d_first + tl.arange(0, BLOCK_D)
         x = load_rows(
@@ -417,72 +296,54 @@ def mppg_down_fwd_kernel(
             other=0.0,
         )
         h = dot(x, w, h, dtype, PRECISION)
-    # A maximum drops NaN; a row that has one is looked for by itself.
-    bad = tl.max((h != h).to(tl.int32), axis=1) > 0  # [TILE]
-    h = tl.where(h != h, float("-inf"), h)
-    p_low, p_high = prompt_rows_of(
-        tile * TILE,
-        end,
-        b_first,
-        b_last,
-        m,
-        cu_seqlens_ptr,
-        readable_start_ptr,
-        readable_count_ptr,
-    )
-    for p_first in range(p_low, p_high, BLOCK_P):
-        p = p_first + tl.arange(0, BLOCK_P)
-        p_mask = p < p_high
-        bin_begin, bin_end = pooling_bin(
-            p, p_mask, m, cu_seqlens_ptr, readable_start_ptr, readable_count_ptr
+    h_at = t.to(tl.int64)[:, None] * R + c[None, :]
+    tl.store(h_ptr + h_at, round_to(h, dtype), mask=mask[:, None] & (c < R)[None, :])
+
+
+@triton.jit
+def units(
+    row,  # [BLOCK_P], rows of z
+    mask,
+    c,  # [BLOCK_R], channels
+    R,
+    m,
+    z_ptr,
+    arg_ptr,
+    h_ptr,
+    b_down_ptr,
+    cu_seqlens_ptr,
+    readable_start_ptr,
+    readable_count_ptr,
+    keeps,
+    KIND: tl.constexpr,
+):
+    """relu(z + b_d), fp32 [BLOCK_P, BLOCK_R]; appg and mppg pool z first, and store it (and where
+    the maxima are) if `keeps`.
+    """
+    if KIND == "npg":
+        z = bottleneck(row, mask, c, R, z_ptr, b_down_ptr)
+    else:
+        inside = mask[:, None] & (c < R)[None, :]
+        z, arg = pooled(
+            row, mask, c, R, m, h_ptr, cu_seqlens_ptr, readable_start_ptr, readable_count_ptr, KIND
         )
-        low = tl.maximum(bin_begin, tile * TILE)
-        steps = tl.max(tl.minimum(bin_end, end) - low, axis=0)
-        best = tl.full((BLOCK_P, BLOCK_R), float("-inf"), dtype=tl.float32)
-        arg = tl.zeros((BLOCK_P, BLOCK_R), dtype=tl.int32) + low[:, None]
-        member = (t[None, :] >= bin_begin[:, None]) & (t[None, :] < bin_end[:, None])
-        poisoned = tl.max((member & (bad & mask)[None, :]).to(tl.int32), axis=1) > 0
-        if steps <= LONG:
-            # Short bins: one row of each at a time.
-            for s in range(0, steps):
-                at = low + s
-                valid = at < tl.minimum(bin_end, end)
-                index = tl.minimum(tl.maximum(at - tile * TILE, 0), TILE - 1)
-                index = tl.broadcast_to(index[:, None], (BLOCK_P, BLOCK_R))
-                value = tl.gather(h, index, 0)
-                better = valid[:, None] & (value > best)
-                best = tl.where(better, value, best)
-                arg = tl.where(better, at[:, None], arg)
-        else:
-            # Long bins are few in a tile: all rows of one at a time.
-            for i in range(0, tl.minimum(BLOCK_P, p_high - p_first)):
-                pick = tl.arange(0, BLOCK_P) == i
-                i_low = tl.max(tl.where(pick, low, 0), axis=0)
-                i_end = tl.max(tl.where(pick, tl.minimum(bin_end, end), 0), axis=0)
-                member_i = (t >= i_low) & (t < i_end)
-                value = tl.where(member_i[:, None], h, float("-inf"))
-                top = tl.max(value, axis=0)
-                is_top = member_i[:, None] & (value == top[None, :])
-                where_top = tl.min(tl.where(is_top, t[:, None], 0x7FFFFFFF), axis=0)
-                best = tl.where(pick[:, None], top[None, :], best)
-                arg = tl.where(pick[:, None], where_top[None, :], arg)
-        best = tl.where(poisoned[:, None], float("nan"), best)
-        inside = p_mask[:, None] & (c < R)[None, :]
-        own = inside & (bin_begin >= tile * TILE)[:, None]
-        z_at = p.to(tl.int64)[:, None] * R + c[None, :]
-        tl.store(z_ptr + z_at, round_to(best, dtype), mask=own)
-        tl.store(arg_ptr + z_at, arg, mask=own)
-        goes_on = inside & (bin_begin < tile * TILE)[:, None]
-        left_at = tl.zeros_like(p).to(tl.int64)[:, None] + tile.to(tl.int64) * R + c[None, :]
-        tl.store(left_ptr + left_at, round_to(best, dtype), mask=goes_on)
-        tl.store(left_arg_ptr + left_at, arg, mask=goes_on)
+        z = round_to(z, z_ptr.dtype.element_ty)
+        at = row.to(tl.int64)[:, None] * R + c[None, :]
+        if keeps:
+            tl.store(z_ptr + at, z, mask=inside)
+            if KIND == "mppg":
+                tl.store(arg_ptr + at, arg, mask=inside)
+        bias = tl.load(b_down_ptr + c, mask=c < R, other=0.0).to(tl.float32)
+        z = tl.where(inside, z.to(tl.float32) + bias[None, :], 0.0)
+    return relu(z)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def up_fwd_kernel(
     out_ptr,  # [T + B m, D]
     z_ptr,  # [rows, R]; rows = B (npg) or B m
-    left_ptr,
+    arg_ptr,  # int32 [rows, R] (mppg)
+    h_ptr,  # [T, R] (appg, mppg)
     b_down_ptr,  # [R]
     w_up_ptr,  # [m D, R] (npg) or [D, R]
     b_up_ptr,
@@ -499,17 +360,15 @@ def up_fwd_kernel(
     KIND: tl.constexpr,
     DROP: tl.constexpr,
     PRECISION: tl.constexpr,
-    TILE: tl.constexpr,
-    J: tl.constexpr,
     ONE_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Prompt rows W_u relu(z) + b_u, dropped out, to their places.
+    """Prompt rows W_u relu(z + b_d) + b_u, dropped out, to their places.
 
-    Grid: ceil(rows / BLOCK_P) x splits of D x (ceil(m / J) for npg, else 1). A program keeps its
-    rows of z, and makes J prompt rows of each example (npg).
+    Grid: ceil(rows / BLOCK_P) x programs that share the column blocks, of D or (npg) of m D. A
+    program makes its rows of z once, where R fits a block.
     """
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     row = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -520,73 +379,74 @@ def up_fwd_kernel(
         b = row // m
     place = prompt_start(b, mask, m, cu_seqlens_ptr, insert_at_ptr)
     c = tl.arange(0, BLOCK_R)
+    keeps = tl.program_id(1) == 0
     if ONE_R:
-        z = bottleneck(
+        z = units(
             row,
             mask,
             c,
             R,
             m,
             z_ptr,
-            left_ptr,
+            arg_ptr,
+            h_ptr,
             b_down_ptr,
             cu_seqlens_ptr,
             readable_start_ptr,
             readable_count_ptr,
+            keeps,
             KIND,
-            TILE,
         )
-        z = relu(z)
-    for i in range(0, J):
+    columns = tl.cdiv(D, BLOCK_D)
+    blocks = columns
+    if KIND == "npg":
+        blocks *= m
+    for block in range(tl.program_id(1), blocks, tl.num_programs(1)):
+        d = (block % columns) * BLOCK_D + tl.arange(0, BLOCK_D)
+        w_row = d.to(tl.int64)
         if KIND == "npg":
-            j = row * 0 + (tl.program_id(2) * J + i)
+            j = row * 0 + block // columns
+            w_row += (block // columns).to(tl.int64) * D
         else:
             j = row % m
-        p = b.to(tl.int64) * m + j
-        p_mask = mask & (j < m)
-        for d_first in range(tl.program_id(1) * BLOCK_D, D, tl.num_programs(1) * BLOCK_D):
-            d = d_first + tl.arange(0, BLOCK_D)
-            w_row = d.to(tl.int64)
-            if KIND == "npg":
-                w_row += (tl.program_id(2) * J + i).to(tl.int64) * D
-            # No weights beyond the last of the m prompt rows.
-            w_mask = d < tl.where(tl.program_id(2) * J + i < m, D, 0)
-            prompt = tl.zeros((BLOCK_P, BLOCK_D), dtype=tl.float32)
-            if ONE_R:
+        prompt = tl.zeros((BLOCK_P, BLOCK_D), dtype=tl.float32)
+        if ONE_R:
+            w = tl.load(
+                w_up_ptr + w_row[None, :] * R + c[:, None],
+                mask=(d < D)[None, :] & (c < R)[:, None],
+                other=0.0,
+            )
+            prompt = dot(z, w, prompt, dtype, PRECISION)
+        else:
+            for c_first in range(0, R, BLOCK_R):
+                k = c_first + c
+                z = units(
+                    row,
+                    mask,
+                    k,
+                    R,
+                    m,
+                    z_ptr,
+                    arg_ptr,
+                    h_ptr,
+                    b_down_ptr,
+                    cu_seqlens_ptr,
+                    readable_start_ptr,
+                    readable_count_ptr,
+                    keeps & (block == 0),
+                    KIND,
+                )
                 w = tl.load(
-                    w_up_ptr + w_row[None, :] * R + c[:, None],
-                    mask=w_mask[None, :] & (c < R)[:, None],
+                    w_up_ptr + w_row[None, :] * R + k[:, None],
+                    mask=(d < D)[None, :] & (k < R)[:, None],
                     other=0.0,
                 )
                 prompt = dot(z, w, prompt, dtype, PRECISION)
-            else:
-                for c_first in range(0, R, BLOCK_R):
-                    k = c_first + c
-                    z = bottleneck(
-                        row,
-                        mask,
-                        k,
-                        R,
-                        m,
-                        z_ptr,
-                        left_ptr,
-                        b_down_ptr,
-                        cu_seqlens_ptr,
-                        readable_start_ptr,
-                        readable_count_ptr,
-                        KIND,
-                        TILE,
-                    )
-                    w = tl.load(
-                        w_up_ptr + w_row[None, :] * R + k[:, None],
-                        mask=w_mask[None, :] & (k < R)[:, None],
-                        other=0.0,
-                    )
-                    prompt = dot(relu(z), w, prompt, dtype, PRECISION)
-            bias = tl.load(b_up_ptr + w_row, mask=w_mask, other=0.0).to(tl.float32)
-            prompt += bias[None, :]
-            if DROP:
-                prompt *= keep_scale(seed_ptr, p[:, None], d[None, :], D, p_drop)
-            at = (place + j)[:, None] * D + d[None, :]
-            inside = p_mask[:, None] & (d < D)[None, :]
-            tl.store(out_ptr + at, round_to(prompt, dtype), mask=inside)
+        bias = tl.load(b_up_ptr + w_row, mask=d < D, other=0.0).to(tl.float32)
+        prompt += bias[None, :]
+        if DROP:
+            p = b.to(tl.int64) * m + j
+            prompt *= keep_scale(seed_ptr, p[:, None], d[None, :], D, p_drop)
+        at = (place + j)[:, None] * D + d[None, :]
+        inside = mask[:, None] & (d < D)[None, :]
+        tl.store(out_ptr + at, round_to(prompt, dtype), mask=inside)

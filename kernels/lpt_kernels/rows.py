@@ -96,60 +96,77 @@ def pooling_bin(p, mask, m, cu_seqlens_ptr, readable_start_ptr, readable_count_p
 
 
 @triton.jit
-def prompt_rows_of(
-    first, end, b_first, b_last, m, cu_seqlens_ptr, readable_start_ptr, readable_count_ptr
-):
-    """The prompt rows p_low .. p_high that pool any of the text rows first .. end.
+def examples_of(cu_seqlens_ptr, t_first, B, BLOCK_T: tl.constexpr):
+    """The example of each of the text rows t_first .. t_first + BLOCK_T, int32 [BLOCK_T]; beyond
+    the last row the last one. Every example has a row.
 
-    Scalars; b_first and b_last are the examples of the rows `first` and `end` - 1. From
-    begin_j < t + 1 <= end_j follows j >= floor(rank m / n) and j < ceil((rank + 1) m / n).
+    Two looks at cu_seqlens whatever B is, where a binary search would take a dozen of loads each of
+    which waits for the one before.
     """
-    start, n = readable(b_first, True, cu_seqlens_ptr, readable_start_ptr, readable_count_ptr)
-    rank = tl.minimum(tl.maximum(first - start, 0), n).to(tl.int64)
-    p_low = b_first * m + (rank * m // n).to(tl.int32)
-    start, n = readable(b_last, True, cu_seqlens_ptr, readable_start_ptr, readable_count_ptr)
-    rank = tl.minimum(tl.maximum(end - start, 0), n).to(tl.int64)
-    p_high = b_last * m + ((rank * m + n - 1) // n).to(tl.int32)
-    return p_low, p_high
+    # How many examples end before the first row; their ends are looked at 1,024 at a time.
+    ended = tl.zeros((1024,), dtype=tl.int32)
+    for b_first in range(0, B, 1024):
+        b = b_first + tl.arange(0, 1024)
+        end = tl.load(cu_seqlens_ptr + 1 + b, mask=b < B, other=0x7FFFFFFF)
+        ended += (end <= t_first).to(tl.int32)
+    first = tl.sum(ended, axis=0)
+    # Beyond it at most one more for each row.
+    b = first + tl.arange(0, BLOCK_T)
+    end = tl.load(cu_seqlens_ptr + 1 + b, mask=b < B, other=0x7FFFFFFF)
+    t = t_first + tl.arange(0, BLOCK_T)
+    further = tl.sum((end[None, :] <= t[:, None]).to(tl.int32), axis=1)
+    return tl.minimum(first + further, B - 1)
 
 
 @triton.jit
-def bottleneck(
-    p,  # [BLOCK_P], rows of z
+def pooled(
+    p,  # [BLOCK_P], prompt rows
     mask,
     c,  # [BLOCK_R], channels
     R,
     m,
-    z_ptr,
-    left_ptr,
-    b_down_ptr,
+    h_ptr,  # [T, R]
     cu_seqlens_ptr,
     readable_start_ptr,
     readable_count_ptr,
     KIND: tl.constexpr,
-    TILE: tl.constexpr,
 ):
-    """W_d h + b_d of npg, of each bin for appg and mppg, fp32 [BLOCK_P, BLOCK_R].
-
-    A bin that goes on in further tiles of TILE text rows has its first tile's share in z and each
-    later tile's in `left` [tiles, R]; at most one bin goes on over any border, for neighbouring
-    bins share one row at most. Shares are added (appg) or compared (mppg).
+    """Mean (appg) or maximum (mppg) of each bin's rows of h, fp32 [BLOCK_P, BLOCK_R], and the row
+    that has the maximum, the first of equals; NaN counts as the greatest.
     """
+    begin, end = pooling_bin(p, mask, m, cu_seqlens_ptr, readable_start_ptr, readable_count_ptr)
+    arg = tl.zeros((p.shape[0], c.shape[0]), dtype=tl.int32) + begin[:, None]
+    if KIND == "appg":
+        value = tl.zeros((p.shape[0], c.shape[0]), dtype=tl.float32)
+    else:
+        value = tl.full((p.shape[0], c.shape[0]), float("-inf"), dtype=tl.float32)
+    for s in range(0, tl.max(end - begin, axis=0)):
+        at = begin + s
+        valid = (at < end)[:, None] & (c < R)[None, :]
+        x = tl.load(h_ptr + at.to(tl.int64)[:, None] * R + c[None, :], mask=valid, other=0.0)
+        x = x.to(tl.float32)
+        if KIND == "appg":
+            value += x
+        else:
+            better = valid & ((x > value) | ((x != x) & (value == value)))
+            value = tl.where(better, x, value)
+            arg = tl.where(better, at[:, None], arg)
+    if KIND == "appg":
+        value = value / tl.maximum(end - begin, 1).to(tl.float32)[:, None]
+    return value, arg
+
+
+@triton.jit
+def bottleneck(
+    row,  # [BLOCK_P], rows of z
+    mask,
+    c,  # [BLOCK_R], channels
+    R,
+    z_ptr,
+    b_down_ptr,
+):
+    """z + b_d, fp32 [BLOCK_P, BLOCK_R], 0 where masked."""
     inside = mask[:, None] & (c < R)[None, :]
-    row = p.to(tl.int64)[:, None]
-    z = tl.load(z_ptr + row * R + c[None, :], mask=inside, other=0.0).to(tl.float32)
-    if KIND != "npg":
-        begin, end = pooling_bin(p, mask, m, cu_seqlens_ptr, readable_start_ptr, readable_count_ptr)
-        tile = begin // TILE
-        span = tl.where(mask, (end - 1) // TILE - tile, 0)
-        for s in range(1, tl.max(span, axis=0) + 1):
-            more = inside & (s <= span)[:, None]
-            at = (tile + s).to(tl.int64)[:, None] * R + c[None, :]
-            if KIND == "appg":
-                z += tl.load(left_ptr + at, mask=more, other=0.0)
-            else:
-                share = tl.load(left_ptr + at, mask=more, other=float("-inf"))
-                share = share.to(tl.float32)
-                z = tl.where((share > z) | (share != share), share, z)
+    z = tl.load(z_ptr + row.to(tl.int64)[:, None] * R + c[None, :], mask=inside, other=0.0)
     bias = tl.load(b_down_ptr + c, mask=c < R, other=0.0).to(tl.float32)
-    return tl.where(inside, z + bias[None, :], 0.0)
+    return tl.where(inside, z.to(tl.float32) + bias[None, :], 0.0)

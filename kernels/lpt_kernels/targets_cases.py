@@ -34,6 +34,8 @@ ALL = BF16 | FP16 | FP32
 # Not divisible by 16, as they come in use.
 EXAMPLES, TOKENS = 33, 2049
 PROMPT, BOTTLENECK = 20, 128
+# What `python -m bench kernels` times first: texts as long as those of SST-2, 32,768 tokens in all.
+HEADLINE = dict(tokens=32768, examples=1270)
 
 
 def case(name: str, shapes: Mapping[str, tuple] = ALL, **more):
@@ -125,18 +127,25 @@ def _gated(width, dtype):
 @case("insert npg without dropout", ONE, kind="npg", p_drop=0.0)
 @case("insert appg without dropout", ONE, kind="appg", p_drop=0.0)
 @case("insert mppg with holes", ONE, kind="mppg", holes=True)
-def _insert(width, dtype, kind, p_drop=0.1, holes=False):
-    """Forward and backward of a training step, weights as fp32 masters.
+@case("insert static, headline", ONE, kind="static", p_drop=0.0, **HEADLINE)
+@case("insert npg, headline", ONE, kind="npg", p_drop=0.0, **HEADLINE)
+@case("insert appg, headline", ONE, kind="appg", p_drop=0.0, **HEADLINE)
+@case("insert mppg, headline", ONE, kind="mppg", p_drop=0.0, **HEADLINE)
+@case("insert npg, 32 texts", ONE, kind="npg", tokens=975, examples=32)
+@case("insert mppg, 32 texts", ONE, kind="mppg", tokens=975, examples=32)
+def _insert(width, dtype, kind, p_drop=0.1, holes=False, tokens=TOKENS, examples=EXAMPLES):
+    """Forward and backward of a training step, weights as the operator gives them.
 
     holes: a padded batch whose mask has holes, some rows that may not be read, prompts anywhere.
     """
-    weights = _insert_weights(kind, width)
+    weights = _insert_weights(kind, width, dtype)
     per_example = ("insert_at", "readable_start", "readable_count") if holes else ()
-    places = {name: meta(EXAMPLES, dtype=torch.int32) for name in per_example}
+    places = {name: meta(examples, dtype=torch.int32) for name in per_example}
     if holes:
-        places["order"] = meta(TOKENS, dtype=torch.int32)
-    hidden, layout = meta(TOKENS, width, dtype=dtype), insert.Layout(lengths(), PROMPT, **places)
-    step = dict(T=TOKENS, p_drop=p_drop, seed=meta(1, dtype=torch.int64))
+        places["order"] = meta(tokens, dtype=torch.int32)
+    layout = insert.Layout(meta(examples + 1, dtype=torch.int32), PROMPT, **places)
+    hidden = meta(tokens, width, dtype=dtype)
+    step = dict(T=tokens, p_drop=p_drop, seed=meta(1, dtype=torch.int64))
     out, *kept = insert.insert_fwd(kind, hidden, layout, weights, dtype=dtype, **step)
     grad = torch.empty_like(out)
     needs = dict(need_weights=True, need_hidden=True)
@@ -147,7 +156,7 @@ def _insert(width, dtype, kind, p_drop=0.1, holes=False):
 @case("insert appg in place", ONE, kind="appg")
 def _insert_in_place(width, dtype, kind):
     out = meta(TOKENS + EXAMPLES * PROMPT, width, dtype=dtype)
-    layout, weights = insert.Layout(lengths(), PROMPT), _insert_weights(kind, width)
+    layout, weights = insert.Layout(lengths(), PROMPT), _insert_weights(kind, width, dtype)
     insert.insert_fwd(kind, None, layout, weights, T=TOKENS, dtype=dtype, out=out)
 
 
@@ -161,11 +170,16 @@ def _insert_from_cache(width, dtype, kind):
         token_scale=meta(10 * TOKENS),
         channel_scale=meta(width),
     )
-    insert.insert_fwd(kind, cache, layout, _insert_weights(kind, width), T=TOKENS, dtype=dtype)
+    insert.insert_fwd(
+        kind, cache, layout, _insert_weights(kind, width, dtype), T=TOKENS, dtype=dtype
+    )
 
 
-def _insert_weights(kind, width):
+def _insert_weights(kind, width, dtype):
+    """fp32 masters, of which the operator rounds those that are read more than once."""
     if kind == "static":
         return [meta(PROMPT, width)]
     rows = PROMPT * width if kind == "npg" else width
-    return [meta(BOTTLENECK, width), meta(BOTTLENECK), meta(rows, BOTTLENECK), meta(rows)]
+    matrix = torch.float32 if kind == "npg" else dtype
+    sizes = ((BOTTLENECK, width), (BOTTLENECK,), (rows, BOTTLENECK), (rows,))
+    return [meta(*size, dtype=matrix if len(size) > 1 else dtype) for size in sizes]

@@ -30,6 +30,7 @@ from .shard import REPAIR, open_file
 OPEN_FILES = 256  # shards held open; more are closed and opened again
 AHEAD_ROWS = 256  # rows asked of a cold disk before they are needed
 CHECKS = ("read", "never")
+PIECE = 2**26  # bytes of a page-locked buffer on the way to the device
 
 
 class ShardFiles:
@@ -212,28 +213,68 @@ class RowReader:
             pin = self.device.type == "cuda"
             whole = torch.empty(self.table.num_tokens, width, dtype=self._dtype, pin_memory=pin)
             target = memoryview(whole.view(torch.uint8).numpy().reshape(-1))
-            # Shard by shard, for each is held open while its rows are read; rows are numbered in
-            # the order of the shards.
-            ends = np.searchsorted(self.table.shard, np.arange(len(self.table.names) + 1))
             place = 0
-            for first, end in pairwise(ends.tolist()):
-                rows = np.arange(first, end)
-                sizes = (self.table.length[rows] * self._row_bytes).tolist()
+            for rows, sizes in self._shards():
                 self._fill_from_files(rows, sizes, 0, target[place:])
                 place += sum(sizes)
             self._resident = whole
         return memoryview(self._resident.view(torch.uint8).numpy().reshape(-1))
+
+    def _shards(self) -> Iterator[tuple[np.ndarray, list[int]]]:
+        """Rows of each shard, which is held open while they are read, and their bytes; rows are
+        numbered in the order of the shards.
+        """
+        ends = np.searchsorted(self.table.shard, np.arange(len(self.table.names) + 1))
+        for first, end in pairwise(ends.tolist()):
+            rows = np.arange(first, end)
+            yield rows, (self.table.length[rows] * self._row_bytes).tolist()
+
+    def _stream(self, piece: int = PIECE) -> Tensor:
+        """The hidden states of all rows on the device, read and checked once, through two
+        page-locked buffers of `piece` bytes (of the longest text, where that is more).
+        """
+        width, on_gpu = self.folder.identity.width, self.device.type == "cuda"
+        whole = torch.empty(self.table.num_tokens, width, dtype=self._dtype, device=self.device)
+        target, place = whole.view(torch.uint8).view(-1), 0
+        size = max(piece, int(self.table.length.max(initial=0)) * self._row_bytes)
+        size = min(size, len(target))
+        buffers = deque(torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2))
+        copied = deque([None, None])  # events: what a buffer held is on the device
+        for rows, sizes in self._shards():
+            ends = np.cumsum(sizes)
+            first = 0
+            while first < len(rows):
+                before = ends[first - 1] if first else 0
+                end = int(np.searchsorted(ends, before + size, side="right"))
+                buffer, event = buffers.popleft(), copied.popleft()
+                if event is not None:
+                    event.synchronize()
+                self._fill_from_files(
+                    rows[first:end], sizes[first:end], 0, memoryview(buffer.numpy())
+                )
+                count = int(ends[end - 1] - before)
+                target[place : place + count].copy_(buffer[:count], non_blocking=True)
+                buffers.append(buffer)
+                copied.append(
+                    torch.cuda.current_stream(self.device).record_event() if on_gpu else None
+                )
+                place, first = place + count, end
+        for event in copied:
+            if event is not None:
+                event.synchronize()
+        return whole
 
     def device_store(self):
         """The whole cache on the device, as `lpt_kernels.gather.Store`."""
         from lpt_kernels.gather import Store
 
         if self._on_device is None:
-            self._load()
+            if self.device.type == "cpu":
+                self._load()
             scale = self.table.token_scale
             ends = np.concatenate([self.table.token, [self.table.num_tokens]])
             self._on_device = Store(
-                self._resident.to(self.device),
+                self._stream() if self._resident is None else self._resident.to(self.device),
                 torch.from_numpy(ends).to(self.device),
                 None if scale is None else torch.from_numpy(scale).to(self.device),
                 None if self._channel is None else self._channel.to(self.device),

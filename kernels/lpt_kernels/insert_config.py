@@ -1,0 +1,109 @@
+"""Launch configurations of the insertion kernels, and how work is divided among programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .launch import ceil_div, next_power_of_2
+
+# Programs that keep a GPU busy: two for each multiprocessor of an H100 or H200 (132).
+PROGRAMS = 264
+
+
+@dataclass(frozen=True)
+class Config:
+    """Launch configuration of one kernel.
+
+    Attributes:
+        BLOCK_T: rows of a block (of text, or of prompts).
+        BLOCK_D: columns.
+        num_warps, num_stages: of a program.
+        BLOCK_R: channels at the most.
+    """
+
+    BLOCK_T: int
+    BLOCK_D: int
+    num_warps: int = 4
+    num_stages: int = 2
+    BLOCK_R: int = 128
+
+    def blocks(self, *names: str) -> dict[str, int]:
+        """Arguments of a launch: these blocks and the options."""
+        own = {name: getattr(self, name) for name in names}
+        return own | {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+# Blocks that spill on no target (python -m lpt_kernels.targets --check), chosen on an H200
+# (bench/results/gpu.md).
+HALF = {
+    "npg_down_fwd": Config(32, 128, 4, 2, BLOCK_R=32),
+    "pools_down_fwd": Config(64, 64, 4, 3),
+    "up_fwd": Config(64, 64, 4, 2),
+    "static_bwd": Config(32, 128, 4, 2),
+    "up_bwd": Config(64, 64, 4, 3),
+    "up_bwd_weight": Config(64, 64, 4, 3),
+    "down_bwd": Config(64, 64, 4, 3),
+    "hidden_bwd": Config(32, 128, 4, 2),
+}
+# Products of fp32 numbers have no tensor cores and hold whole rows of both factors in registers, so
+# that their blocks are smaller.
+FP32 = {
+    "npg_down_fwd": Config(32, 32, 4, 2, BLOCK_R=32),
+    "pools_down_fwd": Config(64, 16, 8, 2),
+    "up_fwd": Config(64, 16, 8, 2),
+    "static_bwd": Config(32, 128, 4, 2),
+    "up_bwd": Config(64, 16, 8, 2),
+    "up_bwd_weight": Config(16, 64, 8, 2),
+    "down_bwd": Config(16, 64, 8, 2),
+    "hidden_bwd": Config(32, 32, 8, 2),
+}
+
+
+def block_d(D: int, most: int) -> int:
+    return next_power_of_2(min(D, most), 16)
+
+
+def block_r(R: int) -> int:
+    return next_power_of_2(min(R, 128), 16)
+
+
+def block_p(rows: int, most: int) -> int:
+    """Prompt rows of a block."""
+    return next_power_of_2(min(rows, most), 16)
+
+
+def splits_of(programs: int, most: int) -> int:
+    """In how many parts to divide the work of each of `programs`, at the most `most`."""
+    return max(1, min(most, ceil_div(PROGRAMS, max(programs, 1))))
+
+
+def config_of(kernel: str, dtype: torch.dtype, D: int) -> Config:
+    """The default of a kernel."""
+    own = (FP32 if dtype == torch.float32 else HALF)[kernel]
+    return _narrow(own, D)
+
+
+def _narrow(config: Config, D: int) -> Config:
+    return Config(**{**vars(config), "BLOCK_D": block_d(D, config.BLOCK_D)})
+
+
+def candidates(kernel: str, D: int) -> list[Config]:
+    """What LPT_AUTOTUNE=1 and bench/tune_insert.py try beside the default."""
+    if kernel == "npg_down_fwd":
+        found = [
+            Config(t, d, w, s, BLOCK_R=32)
+            for t, d in ((16, 256), (32, 128), (32, 256), (64, 128))
+            for w in (4, 8)
+            for s in (2, 3)
+        ]
+    else:
+        found = [
+            Config(t, d, w, s)
+            for t in (64, 128)
+            for d in (64, 128)
+            for w in (4, 8)
+            for s in (2, 3, 4)
+        ]
+    return [_narrow(config, D) for config in found]
