@@ -2,7 +2,8 @@
 # All that wants a GPU, in one command and under nine minutes, the most valuable facts first.
 #
 #   bench/first_light.sh              all parts
-#   bench/first_light.sh PART...      these alone, in three minutes (env check kernels train compile profile tests report)
+#   bench/first_light.sh PART...      these alone, in three minutes (env check kernels train compile profile
+#                                     tests report, and tune, which is none of the others)
 #   DRY=1 bench/first_light.sh        every part on the CPU with tiny shapes, to see that the script works
 #
 # Nothing is installed. Figures go to ${OUT:-bench/results/gpu}, lines flushed as they are made; each part has its own limit, and
@@ -17,8 +18,8 @@ budget=${BUDGET:-$([ $# = 0 ] && echo 530 || echo 180)}
 export PYTHONPATH=".:kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 [ -d .tricache ] && export TRITON_CACHE_DIR=$PWD/.tricache
 for part in $parts; do
-    case " env check kernels train compile profile tests report " in *" $part "*) ;; *)
-        echo "bench/first_light.sh got the part '$part', expected one of env check kernels train compile profile tests report."
+    case " env check tune kernels train compile profile tests report " in *" $part "*) ;; *)
+        echo "bench/first_light.sh got the part '$part', expected one of env check tune kernels train compile profile tests report."
         exit 2 ;;
     esac
 done
@@ -76,13 +77,26 @@ export -f check
 export python device providers small headline out
 TAIL=30 step check 110 bash -c "quick=(${quick[*]:-}); check"
 
+# Launch configurations of each kernel, one process for each compiling and then one timing.
+tune() {
+    local tuner=("$python" -m bench.tune_insert)
+    for part in $("${tuner[@]}" --list); do
+        "${tuner[@]}" --part $part --compile >"$out/logs/tune_$part.txt" 2>&1 &
+    done
+    wait
+    "${tuner[@]}" --best 4
+}
+export -f tune
+[ "$dry" = 1 ] || TAIL=90 step tune 170 bash -c tune
+
 # Operators beside a copy and eager PyTorch.
 bench=("$python" -m bench.kernels --device $device "${quick[@]}" --out "$out/kernels.jsonl")
 TAIL=20 step kernels 90 "${bench[@]}" --provider $providers --limit 75 --seconds 0.2 --repeats 15 --shape $headline \
     --op 'copy,insert_npg.*,insert_appg.*,insert_mppg.*,insert_static.*,gather_plain.fwd,gelu.*,layer_norm.*,attention.*'
 
 # Training steps.
-TAIL=50 step train 150 "$python" -m bench.train_steps --device $device --out "$out/train.jsonl" --profiles "$out/logs" --host "$out/logs"
+TAIL=50 step train 150 "$python" -m bench.train_steps --device $device --out "$out/train.jsonl" --profiles "$out/logs" --host "$out/logs" \
+    ${SIZES:+--sizes $SIZES}
 
 # torch.compile last, for its compilations are slow.
 if [ "$dry" = 0 ]; then

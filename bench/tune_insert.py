@@ -144,7 +144,11 @@ def main(arguments: list[str] | None = None) -> int:
     add("--shape", default=HEADLINE)
     add("--compile", action="store_true", help="run each configuration once, time nothing")
     add("--best", type=int, default=5, help="lines of each part")
+    add("--list", action="store_true", help="print the names of the parts")
     options = parser.parse_args(arguments)
+    if options.list:
+        print(*PARTS, *ATTENTION)
+        return 0
     if not torch.cuda.is_available():
         print("No CUDA device was found, and this finds configurations for one.")
         return 2

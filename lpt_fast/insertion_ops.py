@@ -183,8 +183,12 @@ def _into_fake(buffer, cu_seqlens, weights, *rest):
 def _bwd_fake(grad, out, cu_seqlens, weights, *rest):
     _, _, T, _, _, need_weights, need_hidden = rest[-7:]
     d_hidden = grad.new_empty((T, grad.shape[1]) if need_hidden else (0,))
-    d_weights = [grad.new_empty(w.shape, dtype=torch.float32) for w in weights]
-    return [d_hidden, *(d_weights if need_weights else [])]
+    shapes = []
+    if need_weights and len(weights) == 1:
+        shapes = [weights[0].shape]
+    elif need_weights:
+        shapes = [(w.numel() + b.numel(),) for w, b in (weights[:2], weights[2:])]
+    return [d_hidden, *(grad.new_empty(size, dtype=torch.float32) for size in shapes)]
 
 
 for _key in ("CPU", "CUDA"):
@@ -251,6 +255,12 @@ class _Insert(torch.autograd.Function):
         )
         d_hidden = d_hidden.view(ctx.shape) if need_hidden else None
         if need_weights:
+            if len(weights) > 1:  # a bias lies behind its matrix
+                d_weights = [
+                    part.view(w.shape)
+                    for flat, pair in zip(d_weights, (weights[:2], weights[2:]), strict=True)
+                    for part, w in zip(flat.split([w.numel() for w in pair]), pair, strict=True)
+                ]
             d_weights = [g.to(dtype) for g, dtype in zip(d_weights, ctx.dtypes, strict=True)]
         else:
             d_weights = [None] * len(weights)

@@ -250,7 +250,9 @@ def insert_bwd(
     need_weights: bool,
     need_hidden: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """Gradients of hidden [T, D] (None unless asked) and of the weights (fp32, empty unless asked).
+    """Gradients of hidden [T, D] (None unless asked) and of the weights (fp32, empty unless asked):
+    of a static prompt in its shape; else two flat tensors, proj_down's weight with its bias behind
+    it and proj_up's likewise, as one sum each makes them.
 
     Args:
         grad: of the output, [T + B m, D], last dimension contiguous.
@@ -268,8 +270,10 @@ def insert_bwd(
         d_h, place = _d_h(kind, dz, arg, layout, T)
         d_weights = []
         if need_weights:
-            up = _up_weight(kind, grad, layout, weights, z, drops)
-            d_weights = [*_down_weight(out, d_h, place), *up]
+            d_weights = [
+                _down_weight(out, d_h, place),
+                _up_weight(kind, grad, layout, weights, z, drops),
+            ]
     if not need_hidden:
         return None, d_weights
     d_hidden = grad.new_empty((T, D))
@@ -425,8 +429,8 @@ def _d_h(kind, dz, arg, layout, T) -> tuple[Tensor, Tensor]:
     return d_h, place
 
 
-def _up_weight(kind, grad, layout, weights, z, drops) -> list[Tensor]:
-    """Gradients of W_u and b_u, fp32."""
+def _up_weight(kind, grad, layout, weights, z, drops) -> Tensor:
+    """Gradients of W_u [N, R] and b_u [N] one behind the other, fp32."""
     m, D, (rows, R) = layout.m, grad.shape[1], z.shape
     N = m * D if kind == "npg" else D
     config = config_of("up_bwd_weight", grad.dtype, D)
@@ -456,12 +460,11 @@ def _up_weight(kind, grad, layout, weights, z, drops) -> list[Tensor]:
         **drops,
         **layout.arguments(*_PLACES),
     )
-    d_w, d_b = _total(partial).split([N * R, N])
-    return [d_w.view(N, R), d_b]
+    return _total(partial)
 
 
-def _down_weight(out, d_h, place) -> list[Tensor]:
-    """Gradients of W_d and b_d, fp32."""
+def _down_weight(out, d_h, place) -> Tensor:
+    """Gradients of W_d [R, D] and b_d [R] one behind the other, fp32."""
     (count, R), D = d_h.shape, out.shape[1]
     config = config_of("down_bwd", out.dtype, D)
     r_blocks = ceil_div(R, block_r(R))
@@ -483,8 +486,7 @@ def _down_weight(out, d_h, place) -> list[Tensor]:
         BLOCK_R=block_r(R),
         **config.blocks("BLOCK_T", "BLOCK_D"),
     )
-    d_w, d_b = _total(partial).split([R * D, R])
-    return [d_w.view(R, D), d_b]
+    return _total(partial)
 
 
 def _chunks(count: int, block: int, blocks: int) -> tuple[int, int]:

@@ -99,11 +99,9 @@ def candidates(kernel: str, D: int) -> list[Config]:
             for s in (2, 3)
         ]
     else:
+        rows = (32, 64) if kernel == "hidden_bwd" else (64, 128)
+        stages = (2, 3) if kernel in ("up_fwd", "hidden_bwd", "static_bwd") else (3, 4)
         found = [
-            Config(t, d, w, s)
-            for t in (64, 128)
-            for d in (64, 128)
-            for w in (4, 8)
-            for s in (2, 3, 4)
+            Config(t, d, w, s) for t in rows for d in (64, 128) for w in (4, 8) for s in stages
         ]
     return [_narrow(config, D) for config in found]
