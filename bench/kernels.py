@@ -84,13 +84,13 @@ def _matches(name: str, patterns: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns.split(","))
 
 
-def providers_of(operator: Operator, options) -> dict[str, object]:
+def providers_of(operator: Operator, dtype: torch.dtype, options) -> dict[str, object]:
     """Functions of the providers asked for that can run here; eager is always among them, for the
     gate needs its error.
     """
     functions = dict(operator.functions)
-    if options.device == "cpu":
-        functions.pop("varlen", None)
+    if options.device == "cpu" or dtype == torch.float32:
+        functions.pop("varlen", None)  # PyTorch's kernel is for half precision on CUDA
         if not interpreted():
             functions.pop("triton", None)
     if operator.name != "copy" and _matches("compile", options.provider):
@@ -122,7 +122,7 @@ def run_operator(operator: Operator, shape: Shape, dtype_name: str, options, str
     device, dtype = torch.device(options.device), DTYPES[dtype_name]
     inputs = operator.inputs(shape, dtype, device)
     nbytes = operator.nbytes(shape, inputs, dtype.itemsize)
-    functions = providers_of(operator, options)
+    functions = providers_of(operator, dtype, options)
     gradients, errors, failures = gate.check(operator, functions, shape, dtype, device)
     limits = None
     if "eager" in errors:

@@ -37,7 +37,11 @@ PARTS = {
     "hidden_bwd_static": ("hidden_bwd", "static"),
     "static_bwd": ("static_bwd", "static"),
 }
-ATTENTION = {"attention_fwd": "attention.fwd", "attention_bwd": "attention.bwd"}
+ATTENTION = {
+    "attention_fwd": "attend_fwd_kernel",
+    "attention_bwd": "attend_bwd_kernel",
+    "attention_long": "attend_long_bwd_kernel",
+}
 
 
 @contextmanager
@@ -121,20 +125,17 @@ def attention_rows(part: str, shape, dtype, device) -> Iterator[tuple[str, Calla
     inputs = operator.inputs(shape, dtype, device)
     for name in "qkv":
         inputs[name].requires_grad_()
-    kernel = {"attention_fwd": "attend_fwd_kernel", "attention_bwd": "attend_bwd_kernel"}[part]
-    for block, warps, stages in itertools.product((32, 64), (2, 4, 8), (1, 2, 3)):
-        kept, attention.BLOCK = attention.BLOCK, block
+    kernel = ATTENTION[part]
+    for warps, stages in itertools.product((2, 4, 8), (1, 2, 3)):
         options = {"num_warps": warps, "num_stages": stages}
         try:
             with seen(attention, lambda n, o, new=options: o | new if n == kernel else o) as found:
                 out = operator.functions["triton"](inputs)
                 out.backward(torch.ones_like(out))
             calls = [call for name, call in found if name == kernel]
-            yield f"block {block} warps {warps} stages {stages}", calls[0]
+            yield f"warps {warps} stages {stages}", calls[0]
         except Exception as error:
             print(f"{part}: {options}: {type(error).__name__}")
-        finally:
-            attention.BLOCK = kept
 
 
 def main(arguments: list[str] | None = None) -> int:

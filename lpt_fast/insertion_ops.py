@@ -16,7 +16,7 @@ _PLACES = (
     "Tensor? readable_count, Tensor? order"
 )
 _SETTINGS = "str kind, SymInt m, SymInt T, bool last, float p"
-_SAVED = "Tensor z, Tensor arg"
+_SAVED = "Tensor units, Tensor arg"
 
 _library = torch.library.Library("lpt_fast", "DEF")
 _library.define(
@@ -123,7 +123,7 @@ def _bwd(
     readable_start,
     readable_count,
     order,
-    z,
+    units,
     arg,
     seed,
     kind,
@@ -145,7 +145,7 @@ def _bwd(
         out,
         layout,
         [w.contiguous() for w in weights],
-        z,
+        units,
         arg,
         T=T,
         p_drop=p,
@@ -160,9 +160,9 @@ def _saved_shapes(like, cu_seqlens, weights, kind, m, dtype):
     """Empty tensors as the kernels save them."""
     B = cu_seqlens.shape[0] - 1
     R = 0 if kind == "static" else weights[0].shape[0]
-    z = {"static": (0,), "npg": (B, R)}.get(kind, (B * m, R))
+    units = {"static": (0,), "npg": (B, R)}.get(kind, (B * m, R))
     arg = (B * m, R) if kind == "mppg" else (0,)
-    return like.new_empty(z, dtype=dtype), like.new_empty(arg, dtype=torch.int32)
+    return like.new_empty(units, dtype=dtype), like.new_empty(arg, dtype=torch.int32)
 
 
 @torch.library.register_fake("lpt_fast::insert_prompt_fwd", lib=_library)
@@ -187,7 +187,8 @@ def _bwd_fake(grad, out, cu_seqlens, weights, *rest):
     if need_weights and len(weights) == 1:
         shapes = [weights[0].shape]
     elif need_weights:
-        shapes = [(w.numel() + b.numel(),) for w, b in (weights[:2], weights[2:])]
+        w_up, b_up = weights[2:]
+        shapes = [*(w.shape for w in weights[:2]), (w_up.numel() + b_up.numel(),)]
     return [d_hidden, *(grad.new_empty(size, dtype=torch.float32) for size in shapes)]
 
 
@@ -201,11 +202,11 @@ for _key in ("CPU", "CUDA"):
 
 
 def _narrow(kind, weights, dtype):
-    """Weights rounded to the dtype of the products, except matrices that are read only once: those
-    are rounded on the way (npg's W_u is large).
+    """Weights rounded to the dtype of the products where many programs read them; biases and what
+    is read only once (npg's W_u is large) are rounded on the way.
     """
-    once = kind in ("npg", "static")
-    return [w if once and w.dim() >= 2 else w.to(dtype) for w in weights]
+    often = kind in ("appg", "mppg")
+    return [w.to(dtype) if often and w.dim() >= 2 else w for w in weights]
 
 
 class _Insert(torch.autograd.Function):
@@ -255,12 +256,9 @@ class _Insert(torch.autograd.Function):
         )
         d_hidden = d_hidden.view(ctx.shape) if need_hidden else None
         if need_weights:
-            if len(weights) > 1:  # a bias lies behind its matrix
-                d_weights = [
-                    part.view(w.shape)
-                    for flat, pair in zip(d_weights, (weights[:2], weights[2:]), strict=True)
-                    for part, w in zip(flat.split([w.numel() for w in pair]), pair, strict=True)
-                ]
+            if len(weights) > 1:  # proj_up's bias lies behind its weight
+                up = d_weights.pop().split([w.numel() for w in weights[2:]])
+                d_weights += [part.view(w.shape) for part, w in zip(up, weights[2:], strict=True)]
             d_weights = [g.to(dtype) for g, dtype in zip(d_weights, ctx.dtypes, strict=True)]
         else:
             d_weights = [None] * len(weights)

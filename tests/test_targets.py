@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from lpt_kernels import targets
+from lpt_kernels import hopper, targets
 from lpt_kernels.common import INTERPRETED
 from lpt_kernels.launch import launch
 from lpt_kernels.targets_cases import meta
@@ -162,6 +162,38 @@ def test_a_spill_is_a_failure(target):
     report = survey_one(partial(square, block=128, warps=1), target)
     assert report.spilled > 0
     assert report.failure().startswith(f"square_kernel (it) on {target}: spills {report.spilled}")
+
+
+@triton.jit
+def summing_kernel(x_ptr, y_ptr, s_ptr, D, BLOCK: tl.constexpr, K: tl.constexpr):
+    """y = x^T x of 64 columns and the sums of the rows' columns, from one load."""
+    i = tl.arange(0, BLOCK)
+    k = tl.arange(0, K)
+    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for j in range(0, D, K):
+        a = tl.load(x_ptr + (j + k)[:, None] * BLOCK + i[None, :])
+        b = tl.load(y_ptr + (j + k)[:, None] * BLOCK + i[None, :])
+        acc = tl.dot(tl.trans(a), b, acc)
+        total += tl.sum(a.to(tl.float32), axis=0)
+    tl.store(y_ptr + i[:, None] * BLOCK + i[None, :], acc)
+    tl.store(s_ptr + i, total)
+
+
+def test_a_buffer_that_is_filled_too_soon_is_a_failure():
+    x, y = meta(4096, 64, dtype=torch.bfloat16), meta(4096, 64, dtype=torch.bfloat16)
+    how = dict(x_ptr=x, y_ptr=y, s_ptr=meta(64), D=4096, BLOCK=64, K=64, num_stages=3)
+    report = survey_one(lambda: launch(summing_kernel, (1,), **how))
+    assert "filled again too soon" in report.failure()
+    assert not survey_one(partial(square, stages=3)).race
+
+
+def test_waves_and_bytes_in_flight():
+    report = survey_one(square)
+    assert report.programs == 1 and 0 < report.waves < 0.01
+    # Two buffers each of [64, 64] bf16 for both factors; more where a product is waited for later.
+    assert report.kb_in_flight * 1024 in (4 * 64 * 64 * 2, 6 * 64 * 64 * 2)
+    assert hopper._size("3x64x128xbf16") == 3 * 64 * 128 * 2
 
 
 def test_too_much_shared_memory_is_a_failure():

@@ -374,7 +374,7 @@ class _Attend(torch.autograd.Function):
             stride_out=out.stride(0),
             lse_ptr=lse,
             num_warps=4,
-            num_stages=2,
+            num_stages=1,
             **ctx.common,
         )
         ctx.save_for_backward(q, k, v, out, lse)

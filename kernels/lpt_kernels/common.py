@@ -96,14 +96,20 @@ def load_rows(
     channel_scale_ptr,
     dtype: tl.constexpr,
     STORE: tl.constexpr,
+    AGAIN: tl.constexpr = False,
 ):
     """Rows of a store of hidden states as `dtype`, [BLOCK_T, BLOCK_D]; masked elements are 0.
 
     STORE: "plain" (any float dtype), "int8" (times channel_scale[column] times token_scale[row],
-    both fp32) or "fp8" (e4m3 given as uint8, times token_scale[row]).
+    both fp32) or "fp8" (e4m3 given as uint8, times token_scale[row]). AGAIN: a second load of rows,
+    which the compiler is not to make one with the first.
     """
     mask = row_mask[:, None] & column_mask[None, :]
-    x = tl.load(x_ptr + row[:, None] * stride_row + column[None, :], mask=mask, other=0)
+    at = row[:, None] * stride_row + column[None, :]
+    if AGAIN:
+        x = tl.load(x_ptr + at, mask=mask, other=0, eviction_policy="evict_first")
+    else:
+        x = tl.load(x_ptr + at, mask=mask, other=0)
     if STORE == "plain":
         if x.dtype != dtype:
             x = round_to(x.to(tl.float32), dtype)

@@ -22,9 +22,19 @@ from .insert_bwd import (
     up_bwd_kernel,
     up_bwd_weight_kernel,
 )
-from .insert_config import Config, block_d, block_p, block_r, candidates, config_of, splits_of
+from .insert_config import (
+    Config,
+    block_d,
+    block_p,
+    block_r,
+    candidates,
+    chunks_of,
+    config_of,
+    splits_of,
+)
 from .insert_fwd import (
     npg_down_fwd_kernel,
+    pool_fwd_kernel,
     pools_down_fwd_kernel,
     static_fwd_kernel,
     up_fwd_kernel,
@@ -105,8 +115,9 @@ def insert_fwd(
             in-place form).
 
     Returns:
-        out [T + B m, D], and what `insert_bwd` needs: z [B or B m, R] in `dtype`, arg int32
-        [B m, R] (mppg); empty where not used.
+        out [T + B m, D], and what `insert_bwd` needs: u [B or B m, R] in `dtype`, the
+        bottleneck's units behind their ReLU, and arg int32 [B m, R] (mppg), the text rows that
+        have the maxima; empty where not used.
     """
     B, m = layout.B, layout.m
     in_place = out is not None
@@ -157,9 +168,9 @@ def insert_fwd(
         PRECISION=precision_of(dtype),
     )
     key = (kind, dtype, D, R, in_place, T.bit_length(), B.bit_length())
-    arg, h = none_arg, None
+    arg = none_arg
     if kind == "npg":
-        z = out.new_empty((B, R))
+        u = out.new_empty((B, R))
 
         def run_down(config: Config):
             r_block = min(block_r(R), config.BLOCK_R)
@@ -167,7 +178,8 @@ def insert_fwd(
             launch(
                 npg_down_fwd_kernel,
                 (down_tiles + (0 if in_place else ceil_div(T, config.BLOCK_T)),),
-                z_ptr=z,
+                u_ptr=u,
+                b_down_ptr=b_down,
                 down_tiles=down_tiles,
                 LAST=layout.last,
                 BLOCK_B=16,
@@ -178,7 +190,7 @@ def insert_fwd(
             )
 
     else:
-        z, h = out.new_empty((B * m, R)), out.new_empty((T, R))
+        u, h = out.new_empty((B * m, R)), out.new_empty((T, R))
         if kind == "mppg":
             arg = none_arg.new_empty((B * m, R))
 
@@ -196,22 +208,33 @@ def insert_fwd(
     default = config_of(name, dtype, D)
     run_down(best_config((name, *key), default, candidates(name, D), run_down, out.device))
 
-    rows = len(z)
-
-    def run_up(config: Config):
-        p_block = block_p(rows, config.BLOCK_T)
-        row_blocks, columns = ceil_div(rows, p_block), ceil_div(D, config.BLOCK_D)
-        # Programs that share the columns of a row block: npg one for each, for it has m D of them;
-        # pooled rows are made anew by each.
-        shared = columns * m if kind == "npg" else splits_of(row_blocks, columns)
+    rows = len(u)
+    if kind != "npg":
         launch(
-            up_fwd_kernel,
-            (row_blocks, shared),
-            out_ptr=out,
-            z_ptr=z,
+            pool_fwd_kernel,
+            (ceil_div(rows, 16), ceil_div(R, block_r(R))),
+            u_ptr=u,
             arg_ptr=arg,
             h_ptr=h,
             b_down_ptr=b_down,
+            rows=rows,
+            m=m,
+            R=R,
+            KIND=kind,
+            BLOCK_P=16,
+            BLOCK_R=block_r(R),
+            **layout.arguments("cu_seqlens", *_BINS),
+        )
+
+    def run_up(config: Config):
+        p_block = block_p(rows, config.BLOCK_T)
+        columns = ceil_div(D, config.BLOCK_D) * (m if kind == "npg" else 1)
+        chunk, splits = chunks_of(rows, p_block, columns)
+        launch(
+            up_fwd_kernel,
+            (columns, splits),
+            out_ptr=out,
+            u_ptr=u,
             w_up_ptr=w_up,
             b_up_ptr=b_up,
             seed_ptr=seed if drop else None,
@@ -220,6 +243,7 @@ def insert_fwd(
             D=D,
             R=R,
             p_drop=p_drop,
+            chunk=chunk,
             KIND=kind,
             DROP=drop,
             PRECISION=precision_of(dtype),
@@ -227,12 +251,12 @@ def insert_fwd(
             BLOCK_P=p_block,
             BLOCK_R=block_r(R),
             **config.blocks("BLOCK_D"),
-            **layout.arguments(*_PLACES, *_BINS),
+            **layout.arguments(*_PLACES),
         )
 
     default = config_of("up_fwd", dtype, D)
     run_up(best_config(("up_fwd", *key), default, candidates("up_fwd", D), run_up, out.device))
-    return out, z, arg
+    return out, u, arg
 
 
 def insert_bwd(
@@ -241,7 +265,7 @@ def insert_bwd(
     out: Tensor,
     layout: Layout,
     weights: list[Tensor],
-    z: Tensor,
+    u: Tensor,
     arg: Tensor,
     *,
     T: int,
@@ -251,13 +275,13 @@ def insert_bwd(
     need_hidden: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
     """Gradients of hidden [T, D] (None unless asked) and of the weights (fp32, empty unless asked):
-    of a static prompt in its shape; else two flat tensors, proj_down's weight with its bias behind
-    it and proj_up's likewise, as one sum each makes them.
+    of a static prompt in its shape; else of proj_down's weight and bias, and one flat tensor of
+    proj_up's weight with its bias behind it, as one sum makes them.
 
     Args:
         grad: of the output, [T + B m, D], last dimension contiguous.
         out: the output; its text rows stand for `hidden`.
-        z, arg: from `insert_fwd`; the rest as there.
+        u, arg: from `insert_fwd`; the rest as there.
     """
     B, m, D = layout.B, layout.m, grad.shape[1]
     drop = p_drop > 0
@@ -266,13 +290,14 @@ def insert_bwd(
         d_weights = [_static_bwd(grad, layout, weights[0], drops)] if need_weights else []
         d_h = place = None
     else:
-        dz = _dz(kind, grad, layout, weights, z, drops)
+        dz, prompt_rows = _dz(kind, grad, layout, weights, u, drops)
         d_h, place = _d_h(kind, dz, arg, layout, T)
         d_weights = []
         if need_weights:
             d_weights = [
                 _down_weight(out, d_h, place),
-                _up_weight(kind, grad, layout, weights, z, drops),
+                dz.sum(0, dtype=torch.float32),
+                _up_weight(kind, grad, layout.m, u, prompt_rows, drops),
             ]
     if not need_hidden:
         return None, d_weights
@@ -315,7 +340,8 @@ def _static_bwd(grad, layout, prompt, drops) -> Tensor:
     shared = prompt.dim() == 2
     config = config_of("static_bwd", grad.dtype, D)
     columns = ceil_div(D, config.BLOCK_D)
-    chunk, splits = _chunks(B, 32, m * columns)
+    # (Nothing is pipelined there: many programs hide the wait for memory.)
+    chunk, splits = chunks_of(B, 32, m * columns, programs=4096)
     size = (splits, m, D) if shared else (B, m, D)
     d_prompt = grad.new_empty(size, dtype=torch.float32)
     launch(
@@ -337,10 +363,11 @@ def _static_bwd(grad, layout, prompt, drops) -> Tensor:
     return _total(d_prompt) if shared else d_prompt
 
 
-def _dz(kind, grad, layout, weights, z, drops) -> Tensor:
-    """Gradient of z [rows, R], behind the ReLU, in the dtype of z."""
-    _, b_down, w_up, _ = weights
-    m, D, (rows, R) = layout.m, grad.shape[1], z.shape
+def _dz(kind, grad, layout, weights, u, drops) -> tuple[Tensor, Tensor]:
+    """Gradient before the ReLU, [rows, R] in the dtype of u, and the output row of each prompt row,
+    or of each example's first (npg), int32 [rows].
+    """
+    m, D, (rows, R) = layout.m, grad.shape[1], u.shape
     config = config_of("up_bwd", grad.dtype, D)
     p_block, r_blocks = block_p(rows, config.BLOCK_T), ceil_div(R, block_r(R))
     row_blocks, units = ceil_div(rows, p_block), m if kind == "npg" else 1
@@ -349,17 +376,17 @@ def _dz(kind, grad, layout, weights, z, drops) -> Tensor:
     width = ceil_div(ceil_div(D, config.BLOCK_D), parts) * config.BLOCK_D
     parts = ceil_div(D, width)
     splits = units * parts
-    dz = torch.empty_like(z)
+    dz, place = torch.empty_like(u), u.new_empty(rows, dtype=torch.int32)
     whole = splits == 1
-    partial = dz if whole else z.new_empty((splits, rows, R), dtype=torch.float32)
+    partial = dz if whole else u.new_empty((splits, rows, R), dtype=torch.float32)
     launch(
         up_bwd_kernel,
         (row_blocks, r_blocks, splits),
         grad_ptr=grad,
         dz_ptr=partial,
-        z_ptr=z,
-        b_down_ptr=b_down,
-        w_up_ptr=w_up,
+        place_ptr=place,
+        u_ptr=u,
+        w_up_ptr=weights[2],
         rows=rows,
         m=m,
         D=D,
@@ -382,15 +409,14 @@ def _dz(kind, grad, layout, weights, z, drops) -> Tensor:
             (ceil_div(rows, 16), r_blocks),
             partial_ptr=partial,
             dz_ptr=dz,
-            z_ptr=z,
-            b_down_ptr=b_down,
+            u_ptr=u,
             rows=rows,
             R=R,
             splits=splits,
             BLOCK_P=16,
             BLOCK_R=block_r(R),
         )
-    return dz
+    return dz, place
 
 
 def _d_h(kind, dz, arg, layout, T) -> tuple[Tensor, Tensor]:
@@ -429,22 +455,22 @@ def _d_h(kind, dz, arg, layout, T) -> tuple[Tensor, Tensor]:
     return d_h, place
 
 
-def _up_weight(kind, grad, layout, weights, z, drops) -> Tensor:
+def _up_weight(kind, grad, m, u, place, drops) -> Tensor:
     """Gradients of W_u [N, R] and b_u [N] one behind the other, fp32."""
-    m, D, (rows, R) = layout.m, grad.shape[1], z.shape
+    D, (rows, R) = grad.shape[1], u.shape
     N = m * D if kind == "npg" else D
     config = config_of("up_bwd_weight", grad.dtype, D)
     p_block = block_p(rows, config.BLOCK_T)
     blocks = ceil_div(D, config.BLOCK_D) * (N // D) * ceil_div(R, block_r(R))
-    chunk, splits = _chunks(rows, p_block, blocks)
-    partial = z.new_empty((splits, N * R + N), dtype=torch.float32)
+    chunk, splits = chunks_of(rows, p_block, blocks)
+    partial = u.new_empty((splits, N * R + N), dtype=torch.float32)
     launch(
         up_bwd_weight_kernel,
         (ceil_div(D, config.BLOCK_D) * (N // D), ceil_div(R, block_r(R)), splits),
         grad_ptr=grad,
         d_w_ptr=partial,
-        z_ptr=z,
-        b_down_ptr=weights[1],
+        u_ptr=u,
+        place_ptr=place,
         rows=rows,
         m=m,
         D=D,
@@ -458,18 +484,17 @@ def _up_weight(kind, grad, layout, weights, z, drops) -> Tensor:
         BLOCK_R=block_r(R),
         **config.blocks("BLOCK_D"),
         **drops,
-        **layout.arguments(*_PLACES),
     )
     return _total(partial)
 
 
 def _down_weight(out, d_h, place) -> Tensor:
-    """Gradients of W_d [R, D] and b_d [R] one behind the other, fp32."""
+    """Gradient of W_d [R, D], fp32."""
     (count, R), D = d_h.shape, out.shape[1]
     config = config_of("down_bwd", out.dtype, D)
     r_blocks = ceil_div(R, block_r(R))
-    chunk, splits = _chunks(count, config.BLOCK_T, ceil_div(D, config.BLOCK_D) * r_blocks)
-    partial = d_h.new_empty((splits, R * D + R), dtype=torch.float32)
+    chunk, splits = chunks_of(count, config.BLOCK_T, ceil_div(D, config.BLOCK_D) * r_blocks)
+    partial = d_h.new_empty((splits, R, D), dtype=torch.float32)
     launch(
         down_bwd_kernel,
         (ceil_div(D, config.BLOCK_D), r_blocks, splits),
@@ -487,18 +512,6 @@ def _down_weight(out, d_h, place) -> Tensor:
         **config.blocks("BLOCK_T", "BLOCK_D"),
     )
     return _total(partial)
-
-
-def _chunks(count: int, block: int, blocks: int) -> tuple[int, int]:
-    """Rows of a split, whole blocks of them, and how many splits; one at least, for gradients of no
-    rows are zero.
-
-    Args:
-        count: rows. block: of a step. blocks: programs that there are for each split.
-    """
-    splits = splits_of(blocks, ceil_div(count, 2 * block))
-    chunk = max(ceil_div(ceil_div(count, block), splits), 1) * block
-    return chunk, max(ceil_div(count, chunk), 1)
 
 
 def _total(partial: Tensor) -> Tensor:

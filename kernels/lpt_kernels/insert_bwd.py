@@ -12,9 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import dot, keep_scale, relu, round_to
+from .common import dot, keep_scale, round_to
 from .rows import (
-    bottleneck,
     destination,
     examples_of,
     pooling_bin,
@@ -84,8 +83,8 @@ def static_bwd_kernel(
 def up_bwd_kernel(
     grad_ptr,  # [T + B m, D]
     dz_ptr,  # [rows, R] where there is one split, else fp32 [splits, rows, R]
-    z_ptr,
-    b_down_ptr,
+    place_ptr,  # int32 [rows], written
+    u_ptr,
     w_up_ptr,
     seed_ptr,
     cu_seqlens_ptr,
@@ -108,7 +107,8 @@ def up_bwd_kernel(
 ):
     """dz = W_u^T dP. Grid: ceil(rows / BLOCK_P) x ceil(R / BLOCK_R) x splits: `parts` of
     `part_width` columns of D, for npg those of each of the m prompt rows. With one split (WHOLE)
-    the ReLU's mask is applied here, else in `dz_bwd_kernel`.
+    the ReLU's mask is applied here, else in `dz_bwd_kernel`. Notes on the way in which row of the
+    output each row's prompt is, or begins (npg).
     """
     dtype: tl.constexpr = grad_ptr.dtype.element_ty
     row = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -125,7 +125,11 @@ def up_bwd_kernel(
     else:
         b = row // m
         j = row % m
-    place = prompt_start(b, mask, m, cu_seqlens_ptr, insert_at_ptr) + j
+    start = prompt_start(b, mask, m, cu_seqlens_ptr, insert_at_ptr)
+    place = start + j
+    if (split == 0) & (tl.program_id(1) == 0):
+        noted = start if KIND == "npg" else place
+        tl.store(place_ptr + row, noted.to(tl.int32), mask=mask)
     p = b.to(tl.int64) * m + j
     dz = tl.zeros((BLOCK_P, BLOCK_R), dtype=tl.float32)
     for d_first in range(d_begin, d_end, BLOCK_D):
@@ -140,8 +144,8 @@ def up_bwd_kernel(
         dz = dot(g, w, dz, dtype, PRECISION)
     inside = mask[:, None] & (c < R)[None, :]
     if WHOLE:
-        z = bottleneck(row, mask, c, R, z_ptr, b_down_ptr)
-        dz = round_to(tl.where(z <= 0, 0.0, dz), dtype)
+        u = tl.load(u_ptr + row.to(tl.int64)[:, None] * R + c[None, :], mask=inside, other=0.0)
+        dz = round_to(tl.where(u <= 0, 0.0, dz), dtype)
         tl.store(dz_ptr + row.to(tl.int64)[:, None] * R + c[None, :], dz, mask=inside)
     else:
         at = (split.to(tl.int64) * rows + row)[:, None] * R + c[None, :]
@@ -152,8 +156,7 @@ def up_bwd_kernel(
 def dz_bwd_kernel(
     partial_ptr,  # fp32 [splits, rows, R]
     dz_ptr,  # [rows, R]
-    z_ptr,
-    b_down_ptr,
+    u_ptr,
     rows,
     R,
     splits,
@@ -169,8 +172,8 @@ def dz_bwd_kernel(
     for split in range(0, splits):
         at = (tl.cast(split, tl.int64) * rows + row)[:, None] * R + c[None, :]
         dz += tl.load(partial_ptr + at, mask=inside, other=0.0)
-    z = bottleneck(row, mask, c, R, z_ptr, b_down_ptr)
-    dz = round_to(tl.where(z <= 0, 0.0, dz), dz_ptr.dtype.element_ty)
+    u = tl.load(u_ptr + row.to(tl.int64)[:, None] * R + c[None, :], mask=inside, other=0.0)
+    dz = round_to(tl.where(u <= 0, 0.0, dz), dz_ptr.dtype.element_ty)
     tl.store(dz_ptr + row.to(tl.int64)[:, None] * R + c[None, :], dz, mask=inside)
 
 
@@ -178,11 +181,9 @@ def dz_bwd_kernel(
 def up_bwd_weight_kernel(
     grad_ptr,  # [T + B m, D]
     d_w_ptr,  # fp32 [splits, (N + 1) R + N] of which [N, R] here; N = D, npg: m D
-    z_ptr,
-    b_down_ptr,
+    u_ptr,
+    place_ptr,  # int32 [rows], of `up_bwd_kernel`
     seed_ptr,
-    cu_seqlens_ptr,
-    insert_at_ptr,
     rows,
     m,
     D,
@@ -198,7 +199,7 @@ def up_bwd_weight_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dW_u = sum over rows of dP^T relu(z + b_d), and behind it db_u = sum of dP, [N].
+    """dW_u = sum over rows of dP^T u, and behind it db_u = sum of dP, [N].
 
     Grid: column blocks of N x ceil(R / BLOCK_R) x splits of `chunk` rows. The last rows come first:
     `up_bwd_kernel` has just read them.
@@ -211,7 +212,10 @@ def up_bwd_weight_kernel(
     split = tl.num_programs(2) - 1 - tl.program_id(2)
     end = tl.minimum((split + 1) * chunk, rows)
     d_w = tl.zeros((BLOCK_D, BLOCK_R), dtype=tl.float32)
-    d_b = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    # Sums by a product with a column of ones: see pools_down_fwd_kernel for what happens to rows
+    # that both a product and something else take.
+    ones = tl.zeros((BLOCK_P, 16), dtype=tl.float32) + tl.where(tl.arange(0, 16) == 0, 1.0, 0.0)
+    d_b = tl.zeros((BLOCK_D, 16), dtype=tl.float32)
     for row_first in range(split * chunk, end, BLOCK_P):
         row = row_first + tl.arange(0, BLOCK_P)
         mask = row < end
@@ -221,13 +225,19 @@ def up_bwd_weight_kernel(
         else:
             b = row // m
             j = row % m
-        place = prompt_start(b, mask, m, cu_seqlens_ptr, insert_at_ptr) + j
+        place = tl.load(place_ptr + row, mask=mask, other=0).to(tl.int64)
+        if KIND == "npg":
+            place += j
         p = b.to(tl.int64) * m + j
         inside = mask[:, None] & (d < D)[None, :]
         g = prompt_grad(grad_ptr, place, p, d, inside, D, stride_gt, seed_ptr, p_drop, DROP)
-        z = bottleneck(row, mask, c, R, z_ptr, b_down_ptr)
-        d_w = dot(tl.trans(g), relu(z), d_w, dtype, PRECISION)
-        d_b += tl.sum(g.to(tl.float32), axis=0)
+        u = tl.load(
+            u_ptr + row.to(tl.int64)[:, None] * R + c[None, :],
+            mask=mask[:, None] & (c < R)[None, :],
+            other=0.0,
+        )
+        d_w = dot(tl.trans(g), u, d_w, dtype, PRECISION)
+        d_b = dot(tl.trans(g), ones, d_b, dtype, PRECISION)
     w_row = d.to(tl.int64)
     N = D
     if KIND == "npg":
@@ -237,7 +247,7 @@ def up_bwd_weight_kernel(
     inside = (d < D)[:, None] & (c < R)[None, :]
     tl.store(base + w_row[:, None] * R + c[None, :], d_w, mask=inside)
     if tl.program_id(1) == 0:
-        tl.store(base + tl.cast(N, tl.int64) * R + w_row, d_b, mask=d < D)
+        tl.store(base + tl.cast(N, tl.int64) * R + w_row, tl.sum(d_b, axis=1), mask=d < D)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -326,7 +336,7 @@ def pools_bwd_kernel(
 @triton.jit(do_not_specialize=COUNTS)
 def down_bwd_kernel(
     out_ptr,  # [T + B m, D], the text rows are read
-    d_w_ptr,  # fp32 [splits, R D + R] of which [R, D] here
+    d_w_ptr,  # fp32 [splits, R, D]
     d_h_ptr,  # [count, R]
     place_ptr,  # int32 [count]
     count,
@@ -339,8 +349,7 @@ def down_bwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dW_d = sum over rows of d_h^T x, and behind it db_d = sum of d_h, [R]: each bin's shares, and
-    each maximum, go to its rows once.
+    """dW_d = sum over rows of d_h^T x.
 
     Grid: D blocks x R blocks x splits of `chunk` rows; count is T, or B for npg.
     """
@@ -350,7 +359,6 @@ def down_bwd_kernel(
     split = tl.program_id(2)
     end = tl.minimum((split + 1) * chunk, count)
     d_w = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
-    d_b = tl.zeros((BLOCK_R,), dtype=tl.float32)
     for first in range(split * chunk, end, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
         place = tl.load(place_ptr + t, mask=t < end, other=-1)
@@ -366,12 +374,9 @@ def down_bwd_kernel(
             other=0.0,
         )
         d_w = dot(tl.trans(d_h), x, d_w, dtype, PRECISION)
-        d_b += tl.sum(d_h.to(tl.float32), axis=0)
     base = d_w_ptr + split.to(tl.int64) * stride_split
     inside = (c < R)[:, None] & (d < D)[None, :]
     tl.store(base + c.to(tl.int64)[:, None] * D + d[None, :], d_w, mask=inside)
-    if tl.program_id(0) == 0:
-        tl.store(base + tl.cast(R, tl.int64) * D + c, d_b, mask=c < R)
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -38,14 +38,14 @@ class Config:
 # Blocks that spill on no target (python -m lpt_kernels.targets --check), chosen on an H200
 # (bench/results/gpu.md).
 HALF = {
-    "npg_down_fwd": Config(32, 128, 4, 2, BLOCK_R=32),
-    "pools_down_fwd": Config(64, 64, 4, 3),
-    "up_fwd": Config(64, 64, 4, 2),
+    "npg_down_fwd": Config(32, 128, 8, 2, BLOCK_R=32),
+    "pools_down_fwd": Config(128, 128, 8, 3),
+    "up_fwd": Config(64, 128, 4, 3),
     "static_bwd": Config(32, 128, 4, 2),
-    "up_bwd": Config(64, 64, 4, 3),
-    "up_bwd_weight": Config(64, 64, 4, 3),
-    "down_bwd": Config(64, 64, 4, 3),
-    "hidden_bwd": Config(32, 128, 4, 2),
+    "up_bwd": Config(64, 64, 4, 4),
+    "up_bwd_weight": Config(128, 128, 8, 3),
+    "down_bwd": Config(128, 128, 4, 3),
+    "hidden_bwd": Config(64, 128, 8, 2),
 }
 # Products of fp32 numbers have no tensor cores and hold whole rows of both factors in registers, so
 # that their blocks are smaller.
@@ -74,9 +74,22 @@ def block_p(rows: int, most: int) -> int:
     return next_power_of_2(min(rows, most), 16)
 
 
-def splits_of(programs: int, most: int) -> int:
+def splits_of(programs: int, most: int, wanted: int = PROGRAMS) -> int:
     """In how many parts to divide the work of each of `programs`, at the most `most`."""
-    return max(1, min(most, ceil_div(PROGRAMS, max(programs, 1))))
+    return max(1, min(most, ceil_div(wanted, max(programs, 1))))
+
+
+def chunks_of(count: int, block: int, blocks: int, programs: int = PROGRAMS) -> tuple[int, int]:
+    """Rows of a split, whole blocks of them, and how many splits; one at least, for gradients of no
+    rows are zero.
+
+    Args:
+        count: rows. block: of a step. blocks: programs that there are for each split.
+        programs: wanted in all.
+    """
+    splits = splits_of(blocks, ceil_div(count, block), programs)
+    chunk = max(ceil_div(ceil_div(count, block), splits), 1) * block
+    return chunk, max(ceil_div(count, chunk), 1)
 
 
 def config_of(kernel: str, dtype: torch.dtype, D: int) -> Config:
@@ -100,7 +113,7 @@ def candidates(kernel: str, D: int) -> list[Config]:
         ]
     else:
         rows = (32, 64) if kernel == "hidden_bwd" else (64, 128)
-        stages = (2, 3) if kernel in ("up_fwd", "hidden_bwd", "static_bwd") else (3, 4)
+        stages = (2, 3) if kernel in ("hidden_bwd", "static_bwd") else (3, 4)
         found = [
             Config(t, d, w, s) for t in rows for d in (64, 128) for w in (4, 8) for s in stages
         ]

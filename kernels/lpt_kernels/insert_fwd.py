@@ -1,9 +1,9 @@
 """Forward kernels of the fused prompt insertion.
 
-Two launches: the first (`*_down_fwd_kernel`) reads every text row once, copies it to its place in
-the output and makes what the bottleneck needs on the way: npg z of one row an example, appg and
-mppg h = W_d x of every row. The second (`up_fwd_kernel`) pools h, which is small and still in the
-L2 cache, and makes the prompt rows. Prompts that need no text (`static`) take one.
+The first (`*_down_fwd_kernel`) reads every text row once, copies it to its place in the output and
+makes what the bottleneck needs on the way: npg u = relu(W_d x + b_d) of one row an example, appg
+and mppg h = W_d x of every row, which `pool_fwd_kernel` pools to u: h is small and still in the L2
+cache. `up_fwd_kernel` makes the prompt rows from u. Prompts that need no text (`static`) take one.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ import triton
 import triton.language as tl
 
 from .common import dot, keep_scale, load_rows, relu, round_to
-from .rows import (
-    bottleneck,
-    destination,
-    examples_of,
-    pooled,
-    prompt_start,
-    readable,
-    source,
-)
+from .rows import destination, examples_of, pooled, prompt_start, readable, source
 
 # Numbers that change from batch to batch; a variant of the machine code for each would be waste.
-COUNTS = ("T", "B", "rows", "copy_tiles", "down_tiles")
+COUNTS = ("T", "B", "rows", "copy_tiles", "down_tiles", "chunk")
+
+
+@triton.jit
+def bias_of(b_ptr, c, R, dtype: tl.constexpr):
+    """A bias at c, rounded to `dtype` as the products' operands are; fp32, 0 from R on."""
+    bias = tl.load(b_ptr + c, mask=c < R, other=0.0).to(tl.float32)
+    return round_to(bias, dtype).to(tl.float32)
 
 
 @triton.jit
@@ -143,8 +142,9 @@ def static_fwd_kernel(
 def npg_down_fwd_kernel(
     x_ptr,  # [T, D], a cache, or the output itself
     out_ptr,  # [T + B m, D]
-    z_ptr,  # [B, R]
+    u_ptr,  # [B, R]
     w_down_ptr,  # [R, D]
+    b_down_ptr,  # [R]
     cu_seqlens_ptr,
     insert_at_ptr,
     readable_start_ptr,
@@ -169,7 +169,7 @@ def npg_down_fwd_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """z = W_d h of the first (LAST: last) readable row of each example; the other programs copy.
+    """u of the first (LAST: last) readable row of each example; the other programs copy.
 
     Grid: ceil(B / BLOCK_B) ceil(R / BLOCK_R) + ceil(T / BLOCK_T) programs. The few that project
     come first, so that the copy hides them.
@@ -187,7 +187,7 @@ def npg_down_fwd_kernel(
         row = source(
             t, b, mask, m, cu_seqlens_ptr, insert_at_ptr, order_ptr, source_start_ptr, IN_PLACE
         )
-        z = tl.zeros((BLOCK_B, BLOCK_R), dtype=tl.float32)
+        u = tl.zeros((BLOCK_B, BLOCK_R), dtype=tl.float32)
         for d_first in range(0, D, BLOCK_D):
             d = d_first + tl.arange(0, BLOCK_D)
             x = load_rows(
@@ -207,9 +207,10 @@ def npg_down_fwd_kernel(
                 mask=(c < R)[None, :] & (d < D)[:, None],
                 other=0.0,
             )
-            z = dot(x, w, z, dtype, PRECISION)
-        z_at = b.to(tl.int64)[:, None] * R + c[None, :]
-        tl.store(z_ptr + z_at, round_to(z, dtype), mask=mask[:, None] & (c < R)[None, :])
+            u = dot(x, w, u, dtype, PRECISION)
+        u = round_to(relu(u + bias_of(b_down_ptr, c, R, dtype)[None, :]), dtype)
+        u_at = b.to(tl.int64)[:, None] * R + c[None, :]
+        tl.store(u_ptr + u_at, u, mask=mask[:, None] & (c < R)[None, :])
     else:
         copy_tile(
             tile - down_tiles,
@@ -271,7 +272,7 @@ def pools_down_fwd_kernel(
     row = source(
         t, b, mask, m, cu_seqlens_ptr, insert_at_ptr, order_ptr, source_start_ptr, IN_PLACE
     )
-    copies = (not IN_PLACE) & (tl.program_id(1) == 0)
+    copied = t < tl.where(tl.program_id(1) == 0, T, 0)
     h = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
     for d_first in range(0, D, BLOCK_D):
         d = d_first + tl.arange(0, BLOCK_D)
@@ -287,76 +288,82 @@ def pools_down_fwd_kernel(
             dtype,
             STORE,
         )
-        if copies:
-            inside = mask[:, None] & (d < D)[None, :]
-            tl.store(out_ptr + place[:, None] * D + d[None, :], x, mask=inside)
         w = tl.load(
             w_down_ptr + c[None, :].to(tl.int64) * D + d[:, None],
             mask=(c < R)[None, :] & (d < D)[:, None],
             other=0.0,
         )
         h = dot(x, w, h, dtype, PRECISION)
+        if not IN_PLACE:
+            # Read again, from the L2 cache: rows that both a product and a store take lie in one
+            # buffer less than the product's other factor, and Triton (3.6, 3.9) fills it again
+            # while tensor cores still read it (targets.py looks for that).
+            y = load_rows(
+                x_ptr,
+                row,
+                d,
+                copied,
+                d < D,
+                stride_xt,
+                token_scale_ptr,
+                channel_scale_ptr,
+                dtype,
+                STORE,
+                True,
+            )
+            inside = copied[:, None] & (d < D)[None, :]
+            tl.store(out_ptr + place[:, None] * D + d[None, :], y, mask=inside)
     h_at = t.to(tl.int64)[:, None] * R + c[None, :]
     tl.store(h_ptr + h_at, round_to(h, dtype), mask=mask[:, None] & (c < R)[None, :])
 
 
-@triton.jit
-def units(
-    row,  # [BLOCK_P], rows of z
-    mask,
-    c,  # [BLOCK_R], channels
-    R,
-    m,
-    z_ptr,
-    arg_ptr,
-    h_ptr,
-    b_down_ptr,
+@triton.jit(do_not_specialize=COUNTS)
+def pool_fwd_kernel(
+    u_ptr,  # [rows, R]; rows = B m
+    arg_ptr,  # int32 [rows, R] (mppg)
+    h_ptr,  # [T, R]
+    b_down_ptr,  # [R]
     cu_seqlens_ptr,
     readable_start_ptr,
     readable_count_ptr,
-    keeps,
+    rows,
+    m,
+    R,
     KIND: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
-    """relu(z + b_d), fp32 [BLOCK_P, BLOCK_R]; appg and mppg pool z first, and store it (and where
-    the maxima are) if `keeps`.
-    """
-    if KIND == "npg":
-        z = bottleneck(row, mask, c, R, z_ptr, b_down_ptr)
-    else:
-        inside = mask[:, None] & (c < R)[None, :]
-        z, arg = pooled(
-            row, mask, c, R, m, h_ptr, cu_seqlens_ptr, readable_start_ptr, readable_count_ptr, KIND
-        )
-        z = round_to(z, z_ptr.dtype.element_ty)
-        at = row.to(tl.int64)[:, None] * R + c[None, :]
-        if keeps:
-            tl.store(z_ptr + at, z, mask=inside)
-            if KIND == "mppg":
-                tl.store(arg_ptr + at, arg, mask=inside)
-        bias = tl.load(b_down_ptr + c, mask=c < R, other=0.0).to(tl.float32)
-        z = tl.where(inside, z.to(tl.float32) + bias[None, :], 0.0)
-    return relu(z)
+    """u = relu(Pool(h) + b_d) and where the maxima are. Grid: ceil(rows / BLOCK_P) x R blocks."""
+    dtype: tl.constexpr = u_ptr.dtype.element_ty
+    row = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask = row < rows
+    c = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    z, arg = pooled(
+        row, mask, c, R, m, h_ptr, cu_seqlens_ptr, readable_start_ptr, readable_count_ptr, KIND
+    )
+    u = round_to(relu(z + bias_of(b_down_ptr, c, R, dtype)[None, :]), dtype)
+    at = row.to(tl.int64)[:, None] * R + c[None, :]
+    inside = mask[:, None] & (c < R)[None, :]
+    tl.store(u_ptr + at, u, mask=inside)
+    if KIND == "mppg":
+        tl.store(arg_ptr + at, arg, mask=inside)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def up_fwd_kernel(
     out_ptr,  # [T + B m, D]
-    z_ptr,  # [rows, R]; rows = B (npg) or B m
-    arg_ptr,  # int32 [rows, R] (mppg)
-    h_ptr,  # [T, R] (appg, mppg)
-    b_down_ptr,  # [R]
+    u_ptr,  # [rows, R]; rows = B (npg) or B m
     w_up_ptr,  # [m D, R] (npg) or [D, R]
     b_up_ptr,
     seed_ptr,
     cu_seqlens_ptr,
     insert_at_ptr,
-    readable_start_ptr,
-    readable_count_ptr,
     rows,
     m,
     D,
     R,
     p_drop,
+    chunk,
     KIND: tl.constexpr,
     DROP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -365,88 +372,59 @@ def up_fwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Prompt rows W_u relu(z + b_d) + b_u, dropped out, to their places.
+    """Prompt rows W_u u + b_u, dropped out, to their places.
 
-    Grid: ceil(rows / BLOCK_P) x programs that share the column blocks, of D or (npg) of m D. A
-    program makes its rows of z once, where R fits a block.
+    Grid: column blocks of D, for npg those of each of the m prompt rows, x splits of `chunk` rows.
+    A program loads its part of W_u once, where R fits a block, and walks over its rows of u.
     """
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    row = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    mask = row < rows
-    if KIND == "npg":
-        b = row
-    else:
-        b = row // m
-    place = prompt_start(b, mask, m, cu_seqlens_ptr, insert_at_ptr)
-    c = tl.arange(0, BLOCK_R)
-    keeps = tl.program_id(1) == 0
-    if ONE_R:
-        z = units(
-            row,
-            mask,
-            c,
-            R,
-            m,
-            z_ptr,
-            arg_ptr,
-            h_ptr,
-            b_down_ptr,
-            cu_seqlens_ptr,
-            readable_start_ptr,
-            readable_count_ptr,
-            keeps,
-            KIND,
-        )
     columns = tl.cdiv(D, BLOCK_D)
-    blocks = columns
+    block = tl.program_id(0)
+    d = (block % columns) * BLOCK_D + tl.arange(0, BLOCK_D)
+    c = tl.arange(0, BLOCK_R)
+    w_row = d.to(tl.int64)
     if KIND == "npg":
-        blocks *= m
-    for block in range(tl.program_id(1), blocks, tl.num_programs(1)):
-        d = (block % columns) * BLOCK_D + tl.arange(0, BLOCK_D)
-        w_row = d.to(tl.int64)
+        w_row += (block // columns).to(tl.int64) * D
+    bias = tl.load(b_up_ptr + w_row, mask=d < D, other=0.0).to(tl.float32)
+    bias = round_to(bias, dtype).to(tl.float32)
+    if ONE_R:
+        w = tl.load(
+            w_up_ptr + w_row[None, :] * R + c[:, None],
+            mask=(d < D)[None, :] & (c < R)[:, None],
+            other=0.0,
+        )
+        w = round_to(w.to(tl.float32), dtype)
+    first = tl.program_id(1) * chunk
+    end = tl.minimum(first + chunk, rows)
+    for row_first in range(first, end, BLOCK_P):
+        row = row_first + tl.arange(0, BLOCK_P)
+        mask = row < end
         if KIND == "npg":
+            b = row
             j = row * 0 + block // columns
-            w_row += (block // columns).to(tl.int64) * D
         else:
+            b = row // m
             j = row % m
         prompt = tl.zeros((BLOCK_P, BLOCK_D), dtype=tl.float32)
+        u_at = u_ptr + row.to(tl.int64)[:, None] * R
         if ONE_R:
-            w = tl.load(
-                w_up_ptr + w_row[None, :] * R + c[:, None],
-                mask=(d < D)[None, :] & (c < R)[:, None],
-                other=0.0,
-            )
-            prompt = dot(z, w, prompt, dtype, PRECISION)
+            u = tl.load(u_at + c[None, :], mask=mask[:, None] & (c < R)[None, :], other=0.0)
+            prompt = dot(u, w, prompt, dtype, PRECISION)
         else:
             for c_first in range(0, R, BLOCK_R):
                 k = c_first + c
-                z = units(
-                    row,
-                    mask,
-                    k,
-                    R,
-                    m,
-                    z_ptr,
-                    arg_ptr,
-                    h_ptr,
-                    b_down_ptr,
-                    cu_seqlens_ptr,
-                    readable_start_ptr,
-                    readable_count_ptr,
-                    keeps & (block == 0),
-                    KIND,
-                )
+                u = tl.load(u_at + k[None, :], mask=mask[:, None] & (k < R)[None, :], other=0.0)
                 w = tl.load(
                     w_up_ptr + w_row[None, :] * R + k[:, None],
                     mask=(d < D)[None, :] & (k < R)[:, None],
                     other=0.0,
                 )
-                prompt = dot(z, w, prompt, dtype, PRECISION)
-        bias = tl.load(b_up_ptr + w_row, mask=d < D, other=0.0).to(tl.float32)
+                prompt = dot(u, w, prompt, dtype, PRECISION)
         prompt += bias[None, :]
         if DROP:
             p = b.to(tl.int64) * m + j
             prompt *= keep_scale(seed_ptr, p[:, None], d[None, :], D, p_drop)
-        at = (place + j)[:, None] * D + d[None, :]
+        place = prompt_start(b, mask, m, cu_seqlens_ptr, insert_at_ptr) + j
         inside = mask[:, None] & (d < D)[None, :]
+        at = place[:, None] * D + d[None, :]
         tl.store(out_ptr + at, round_to(prompt, dtype), mask=inside)

@@ -154,19 +154,3 @@ def pooled(
     if KIND == "appg":
         value = value / tl.maximum(end - begin, 1).to(tl.float32)[:, None]
     return value, arg
-
-
-@triton.jit
-def bottleneck(
-    row,  # [BLOCK_P], rows of z
-    mask,
-    c,  # [BLOCK_R], channels
-    R,
-    z_ptr,
-    b_down_ptr,
-):
-    """z + b_d, fp32 [BLOCK_P, BLOCK_R], 0 where masked."""
-    inside = mask[:, None] & (c < R)[None, :]
-    z = tl.load(z_ptr + row.to(tl.int64)[:, None] * R + c[None, :], mask=inside, other=0.0)
-    bias = tl.load(b_down_ptr + c, mask=c < R, other=0.0).to(tl.float32)
-    return tl.where(inside, z.to(tl.float32) + bias[None, :], 0.0)

@@ -3,8 +3,9 @@
     python -m lpt_kernels.targets [--check] [--target sm_90] [--kernel NAME] [--case TEXT] [--once]
 
 prints registers, spilled bytes, shared memory and use of tensor cores of each kernel in its default
-configuration. `--check` exits with 1 when one fails to compile, spills, or needs more shared memory
-than the target has.
+configuration, how many programs it starts, and for sm_90 in how many waves and with how much in
+flight (hopper.py). `--check` exits with 1 when one fails to compile, spills, needs more shared
+memory than the target has, or was compiled to a race.
 
 What is compiled is named by `CASES` of targets_cases.py.
 """
@@ -17,6 +18,7 @@ import contextlib
 import importlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import pkgutil
@@ -35,6 +37,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from . import hopper
 from .common import INTERPRETED
 from .launch import Launch, record
 from .targets_cases import CASES
@@ -68,6 +71,8 @@ class Report:
         shared: bytes of shared memory a program.
         tensor_memory: columns of it (sm_100).
         tensor_cores: names of the matrix instructions, "" where there are none.
+        programs: of the case's launch.
+        waves, kb_in_flight, race: sm_90 only, as of hopper.py.
         error: why it did not compile, in one line.
     """
 
@@ -81,6 +86,10 @@ class Report:
     shared: int = 0
     tensor_memory: int = 0
     tensor_cores: str = ""
+    programs: int = 0
+    waves: float = 0.0
+    kb_in_flight: float = 0.0
+    race: str = ""
     seconds: float = 0.0
     error: str = ""
 
@@ -89,6 +98,8 @@ class Report:
         limit = TARGETS[self.target].shared
         if self.error:
             why = self.error
+        elif self.race:
+            why = self.race
         elif self.spilled:
             why = f"spills {self.spilled} bytes a thread at {self.registers} registers"
         elif self.shared > limit:
@@ -198,8 +209,11 @@ def compile_variant(variant: Variant) -> Report:
             source, options = specialise(variant.launch, target)
             compiled = triton.compile(source, target=target.gpu, options=options)
         read = _read_hsaco if target.gpu.backend == "hip" else _read_cubin
+        figures = read(compiled.asm) | {"programs": math.prod(variant.launch.grid)}
+        if variant.target == "sm_90":
+            figures |= hopper.figures(variant.launch, figures, compiled)
         return variant.report(
-            **read(compiled.asm),
+            **figures,
             shared=compiled.metadata.shared,
             tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
             seconds=round(time.perf_counter() - started, 2),
@@ -305,9 +319,11 @@ def _in_processes(work: list[Variant], jobs: int) -> list[Report | None]:
 
 def table(reports: Iterable[Report]) -> str:
     head = ["kernel", "case", "target", "warps", "stages", "registers", "spilled B", "shared B"]
+    head += ["programs", "waves", "KB in flight"]
     rows = [[*head, "tensor cores"]]
     for r in reports:
-        numbers = [r.num_warps, r.num_stages, r.registers, r.spilled, r.shared]
+        numbers = [r.num_warps, r.num_stages, r.registers, r.spilled, r.shared, r.programs]
+        numbers += [f"{r.waves:.2f}", f"{r.kb_in_flight:.0f}"] if r.target == "sm_90" else "--"
         last = r.error or r.tensor_cores or "-"
         rows.append([r.kernel, r.case, r.target, *map(str, numbers), last])
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
