@@ -25,12 +25,12 @@ from .shapes import HEADLINE, shape_of
 PARTS = {
     "npg_down_fwd": ("npg_down_fwd", "npg"),
     "pools_down_fwd": ("pools_down_fwd", "mppg"),
-    "up_fwd_npg": ("up_fwd", "npg"),
+    "up_fwd_npg": ("npg_up_fwd", "npg"),
     "up_fwd_mppg": ("up_fwd", "mppg"),
     "up_fwd_appg": ("up_fwd", "appg"),
     "up_bwd_npg": ("up_bwd", "npg"),
     "up_bwd_mppg": ("up_bwd", "mppg"),
-    "up_bwd_weight_npg": ("up_bwd_weight", "npg"),
+    "up_bwd_weight_npg": ("npg_up_bwd_weight", "npg"),
     "up_bwd_weight_mppg": ("up_bwd_weight", "mppg"),
     "down_bwd_mppg": ("down_bwd", "mppg"),
     "hidden_bwd_mppg": ("hidden_bwd", "mppg"),
@@ -111,7 +111,7 @@ def insert_rows(part: str, shape, dtype, device) -> Iterator[tuple[str, Callable
         try:
             with seen(insert) as found:
                 run()
-            calls = [call for name, call in found if name == f"{kernel}_kernel"]
+            calls = [call for name, call in found if kernel.endswith(name.removesuffix("_kernel"))]
             said = f"T {config.BLOCK_T} D {config.BLOCK_D} warps {config.num_warps}"
             yield f"{said} stages {config.num_stages}{' *' if config == own else ''}", calls[0]
         except Exception as error:  # too much shared memory, say

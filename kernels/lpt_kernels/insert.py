@@ -254,8 +254,9 @@ def insert_fwd(
             **layout.arguments(*_PLACES),
         )
 
-    default = config_of("up_fwd", dtype, D)
-    run_up(best_config(("up_fwd", *key), default, candidates("up_fwd", D), run_up, out.device))
+    name = "npg_up_fwd" if kind == "npg" else "up_fwd"
+    default = config_of(name, dtype, D)
+    run_up(best_config((name, *key), default, candidates(name, D), run_up, out.device))
     return out, u, arg
 
 
@@ -459,7 +460,7 @@ def _up_weight(kind, grad, m, u, place, drops) -> Tensor:
     """Gradients of W_u [N, R] and b_u [N] one behind the other, fp32."""
     D, (rows, R) = grad.shape[1], u.shape
     N = m * D if kind == "npg" else D
-    config = config_of("up_bwd_weight", grad.dtype, D)
+    config = config_of(f"{'npg_' if kind == 'npg' else ''}up_bwd_weight", grad.dtype, D)
     p_block = block_p(rows, config.BLOCK_T)
     blocks = ceil_div(D, config.BLOCK_D) * (N // D) * ceil_div(R, block_r(R))
     chunk, splits = chunks_of(rows, p_block, blocks)

@@ -40,11 +40,13 @@ class Config:
 HALF = {
     "npg_down_fwd": Config(32, 128, 8, 2, BLOCK_R=32),
     "pools_down_fwd": Config(128, 128, 8, 3),
-    "up_fwd": Config(64, 128, 4, 3),
+    "npg_up_fwd": Config(64, 64, 8, 3),
+    "up_fwd": Config(64, 128, 8, 3),
     "static_bwd": Config(32, 128, 4, 2),
-    "up_bwd": Config(64, 64, 4, 4),
-    "up_bwd_weight": Config(128, 128, 8, 3),
-    "down_bwd": Config(128, 128, 4, 3),
+    "up_bwd": Config(64, 64, 4, 3),
+    "npg_up_bwd_weight": Config(64, 64, 4, 3),
+    "up_bwd_weight": Config(64, 128, 8, 3),
+    "down_bwd": Config(64, 128, 8, 3),
     "hidden_bwd": Config(64, 128, 8, 2),
 }
 # Products of fp32 numbers have no tensor cores and hold whole rows of both factors in registers, so
@@ -52,9 +54,11 @@ HALF = {
 FP32 = {
     "npg_down_fwd": Config(32, 32, 4, 2, BLOCK_R=32),
     "pools_down_fwd": Config(64, 16, 8, 2),
+    "npg_up_fwd": Config(64, 16, 8, 2),
     "up_fwd": Config(64, 16, 8, 2),
     "static_bwd": Config(32, 128, 4, 2),
     "up_bwd": Config(64, 16, 8, 2),
+    "npg_up_bwd_weight": Config(16, 64, 8, 2),
     "up_bwd_weight": Config(16, 64, 8, 2),
     "down_bwd": Config(16, 64, 8, 2),
     "hidden_bwd": Config(32, 32, 8, 2),

@@ -405,6 +405,8 @@ def up_fwd_kernel(
         else:
             b = row // m
             j = row % m
+        # (Asked for before the products, which hide the wait for it.)
+        place = prompt_start(b, mask, m, cu_seqlens_ptr, insert_at_ptr) + j
         prompt = tl.zeros((BLOCK_P, BLOCK_D), dtype=tl.float32)
         u_at = u_ptr + row.to(tl.int64)[:, None] * R
         if ONE_R:
@@ -424,7 +426,6 @@ def up_fwd_kernel(
         if DROP:
             p = b.to(tl.int64) * m + j
             prompt *= keep_scale(seed_ptr, p[:, None], d[None, :], D, p_drop)
-        place = prompt_start(b, mask, m, cu_seqlens_ptr, insert_at_ptr) + j
         inside = mask[:, None] & (d < D)[None, :]
         at = place[:, None] * D + d[None, :]
         tl.store(out_ptr + at, round_to(prompt, dtype), mask=inside)

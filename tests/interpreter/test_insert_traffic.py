@@ -16,14 +16,13 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("traffic is counted in Triton's interpreter", allow_module_level=True)
 
-from lpt_kernels import insert
+from lpt_kernels import insert, insert_config
 from lpt_kernels.gather import Store, source_rows
-from lpt_kernels.insert_config import splits_of
 from lpt_kernels.traffic import count_traffic
 
 from lpt_fast.reference import pooling_bins
 
-SAVED = ("z", "arg")
+SAVED = ("units", "arg")
 WEIGHTS = ("w_down", "b_down", "w_up", "b_up")
 # D, r, m, average length, examples
 SHAPES = [
@@ -81,36 +80,37 @@ def test_forward(kind, shape):
         )
     name_all(traffic, hidden, out, saved, weights, layout)
     D, r, m, _, B = shape
-    again = -(-r // NPG_CHANNELS) * B * D * 2 if kind == "npg" else 0  # of one row of each example
+    # npg: one row of each example; appg, mppg: all, for the copy (from the L2 cache).
+    again = {"static": 0, "npg": -(-r // NPG_CHANNELS) * B * D * 2}.get(kind, size(hidden))
     assert traffic.loads["hidden"] == size(hidden) + again
     assert traffic.stores["out"] == size(out) and traffic.loads["out"] == 0
-    z, arg = saved
+    units, arg = saved
     weight_bytes = sum(traffic.loads[w] for w, _ in zip(WEIGHTS, weights, strict=False))
-    say("forward", kind, shape, weights=weight_bytes / size(hidden, out, z, arg))
+    say("forward", kind, shape, weights=weight_bytes / size(hidden, out, units, arg))
     if kind == "static":
         assert traffic.unnamed() == {}
         return
-    assert traffic.stores["z"] == size(z)
-    row_blocks, columns = -(-len(z) // 64), -(-D // 64)
+    assert traffic.stores["units"] == size(units)
     if kind == "npg":
         assert traffic.unnamed() == {}
-        assert traffic.reread("z") <= m * columns
     else:
-        assert traffic.loads["z"] == 0
         assert traffic.stores["arg"] == size(arg) if kind == "mppg" else arg.numel() == 0
-        # h is written once; each program that shares a row block pools it.
+        # h is written once and pooled once.
         begin, end = pooling_bins(layout.cu_seqlens.diff().long(), m)
         pairs = int((end - begin).sum())
         assert traffic.stores["other"] == len(hidden) * r * 2
         # (A row that neighbours share in one load counts once.)
-        assert traffic.loads["other"] <= splits_of(row_blocks, columns) * pairs * r * 2
-    # W_d once for each tile of 64 rows, W_u once for each 64 prompt rows; npg's once for each 16
-    # and 64 examples.
-    reads = (-(-B // 16), -(-B // 64))
-    if kind != "npg":
-        reads = (-(-len(hidden) // 64), row_blocks)
-    assert traffic.reread("w_down") <= reads[0] + 0.01
-    assert traffic.reread("w_up") <= reads[1] + 0.01
+        assert traffic.loads["other"] <= pairs * r * 2
+    # W_d once for each tile of 128 rows (npg: 16 examples); W_u once for each split of the rows,
+    # each column of units once for each column block of W_u.
+    name = "npg_up_fwd" if kind == "npg" else "up_fwd"
+    config = insert_config.config_of(name, hidden.dtype, D)
+    columns = -(-D // config.BLOCK_D) * (m if kind == "npg" else 1)
+    rows = insert_config.block_p(len(units), config.BLOCK_T)
+    _, splits = insert_config.chunks_of(len(units), rows, columns)
+    assert traffic.reread("w_down") <= -(-B // 16 if kind == "npg" else -len(hidden) // 128)
+    assert traffic.reread("w_up") == splits
+    assert traffic.reread("units") == columns
 
 
 @pytest.mark.parametrize("kind", insert.KINDS)
@@ -150,7 +150,7 @@ def test_from_a_cache_reads_its_rows_once(kind):
         traffic.name("cache", cache)
         traffic.name("out", out)
     # Its one row is read for the prompt and for the copy.
-    extra = B * D * -(-r // NPG_CHANNELS) if kind == "npg" else 0
+    extra = {"npg": B * D * -(-r // NPG_CHANNELS), "static": 0}.get(kind, len(hidden) * D)
     assert traffic.loads["cache"] == len(hidden) * D + extra
     assert traffic.stores["out"] == size(out)
 
