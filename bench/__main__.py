@@ -1,5 +1,6 @@
 """python -m bench accuracy | table | cache | cache-quantize | cache-accuracy | train |
-train-accuracy | train-plot | kernels | plot | report | profile | lengths.
+train-accuracy | train-plot | kernels | plot | report | forecast |
+profile | lengths.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ PROGRAMS = {
     "kernels": ("kernels", "Time the kernels beside PyTorch and torch.compile."),
     "plot": ("plot", "Draw PNGs from a results file of `kernels`."),
     "report": ("report", "Print a results file of `kernels` as Markdown, with the targets."),
+    "forecast": ("forecast", "What kernels should take on an H100 or H200, beside what they took."),
     "profile": ("profiling", "Where the time of an insertion goes, kernel by kernel."),
     "lengths": ("shapes", "Print the token lengths of real texts that shapes are made of."),
 }

@@ -24,7 +24,11 @@ def _processor() -> str:
 
 @cache
 def _commit() -> str:
-    """Of the tree, as it is when first asked."""
+    """Of the tree, as it is when first asked; LPT_COMMIT where that is set, for a copy of the tree
+    on a lent machine may have another history or none.
+    """
+    if given := os.environ.get("LPT_COMMIT"):
+        return given
     try:
         run = ["git", "describe", "--always", "--dirty"]
         done = subprocess.run(
@@ -32,8 +36,7 @@ def _commit() -> str:
         )
         return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        # A copy of the tree without its history, as on a lent machine.
-        return os.environ.get("LPT_COMMIT", "unknown")
+        return "unknown"
 
 
 def _version(name: str) -> str | None:

@@ -1,0 +1,141 @@
+"""python -m bench forecast: what each insertion and attention kernel should take on an H100 and an
+H200, by arithmetic, beside what it took (bench/results/gpu/tune.txt, an H200).
+
+A kernel takes the longest of: its bytes of device memory at the speed of a copy, its bytes of the
+L2 cache at that cache's speed, its operations at the rate of large products; and for each wave of
+programs the wait for a chain of dependent loads. Bytes are those of the shape (bf16, fp32 masters
+of npg), each read or written once, and again where a program cannot keep them; those that a kernel
+has just written count as the L2 cache's. Shape: RoBERTa-large, 32k tokens, m = 20, texts as long as
+those of SST-2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from .shapes import HEADLINE, shape_of
+
+TUNED = Path(__file__).parent / "results" / "gpu" / "tune.txt"
+# Bytes a second of a copy (read and written): measured on an H200 (kernels.jsonl); of an H100 from
+# a measurement of others, not ours. L2 and products are guesses for the processor that both have.
+COPY = {"H100": 3.0e12, "H200": 4.19e12}
+L2, PRODUCTS = 5.5e12, 6.0e14
+LOAD = 0.8e-6  # seconds of one load that goes to memory
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a kernel does at the headline's shape.
+
+    Attributes:
+        name: of a part of bench.tune_insert.
+        memory: bytes to and from device memory. cache: bytes from L2, those of `memory` included.
+        flops: of its products.
+        chain: loads that wait for one another in a program's life, times waves of programs.
+    """
+
+    name: str
+    memory: float
+    cache: float
+    flops: float
+    chain: float
+
+    def seconds(self, gpu: str) -> float:
+        work = max(self.memory / COPY[gpu], self.cache / L2, self.flops / PRODUCTS)
+        return work + self.chain * LOAD
+
+
+def kernels(T: int, B: int, D: int, r: int, m: int) -> list[Kernel]:
+    e, P = 2, B * m
+    text, prompt = T * D * e, P * D * e
+    h, u = T * r * e, P * r * e
+    products = 2 * P * r * D
+    blocks = lambda n, block: -(-n // block)  # noqa: E731
+    return [
+        Kernel("npg_down_fwd", 2 * text, 2 * text + blocks(B, 16) * r * D * 4, 2 * B * r * D, 6),
+        Kernel(
+            "pools_down_fwd",
+            2 * text + h,
+            3 * text + h + blocks(T, 128) * r * D * e,
+            2 * T * r * D,
+            6,
+        ),
+        # W_u (fp32) stays with its program; u is read for each of its column blocks.
+        Kernel(
+            "up_fwd_npg",
+            prompt + m * D * r * 4,
+            prompt + m * D * r * 4 + blocks(m * D, 64) * B * r * e,
+            products,
+            6,
+        ),
+        Kernel("up_fwd_mppg", prompt, prompt + u * blocks(D, 128), products, 5),
+        Kernel(
+            "up_bwd_npg",
+            prompt + m * B * r * 4,
+            prompt + m * B * r * 4 + blocks(B, 64) * m * D * r * 4,
+            products,
+            8,
+        ),
+        Kernel("up_bwd_mppg", prompt + u, prompt + u + blocks(P, 64) * D * r * e, products, 6),
+        Kernel(
+            "up_bwd_weight_npg",
+            prompt + m * D * r * 4,
+            prompt + m * D * r * 4 + blocks(m * D, 64) * B * r * e,
+            products,
+            6,
+        ),
+        Kernel(
+            "up_bwd_weight_mppg",
+            prompt,
+            prompt + u * blocks(D, 128) + 33 * D * r * 4,
+            products,
+            5,
+        ),
+        Kernel("down_bwd_mppg", text, text + h * blocks(D, 128) + 33 * D * r * 4, 2 * T * r * D, 5),
+        Kernel(
+            "hidden_bwd_mppg", 2 * text, 2 * text + h + blocks(T, 64) * D * r * e, 2 * T * r * D, 6
+        ),
+        Kernel("hidden_bwd_static", 2 * text, 2 * text, 0, 6),
+        Kernel("static_bwd", prompt, prompt, 0, 8),
+        Kernel("attention_fwd", 4 * (text + prompt), 4 * (text + prompt), 0, 24),
+        Kernel("attention_bwd", 7 * (text + prompt), 7 * (text + prompt), 0, 32),
+    ]
+
+
+def measured(path: Path = TUNED) -> dict[str, float]:
+    """The best microseconds of each part."""
+    found: dict[str, float] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        match = re.match(r"(\w+) +([\d.]+) us", line)
+        if match:
+            name, time = match[1], float(match[2])
+            found[name] = min(time, found.get(name, time))
+    if "attention_long" in found:  # texts of more than a block: another kernel of the same backward
+        found["attention_bwd"] += found.pop("attention_long")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench forecast", description=__doc__)
+    parser.add_argument("--file", type=Path, default=TUNED, help="output of bench.tune_insert")
+    options = parser.parse_args(arguments)
+    if not options.file.is_file():
+        print(f"There is no {options.file}; bench/first_light.sh tune prints such a file.")
+        return 1
+    shape, took = shape_of(HEADLINE), measured(options.file)
+    print("| kernel | MB | H100 us | H200 us | measured on an H200 us | forecast over measured |")
+    print("|---|---|---|---|---|---|")
+    for kernel in kernels(shape.T, shape.B, shape.D, shape.r, shape.m):
+        times = [1e6 * kernel.seconds(gpu) for gpu in ("H100", "H200")]
+        own = took.get(kernel.name)
+        said = "- | -" if own is None else f"{own:.1f} | {times[1] / own:.0%}"
+        row = " | ".join(f"{t:.1f}" for t in times)
+        print(f"| {kernel.name} | {kernel.memory / 1e6:.0f} | {row} | {said} |")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
