@@ -1,5 +1,5 @@
-"""python -m bench forecast: what each insertion and attention kernel should take on an H100 and an
-H200, by arithmetic, beside what it took (bench/results/gpu/tune.txt, an H200).
+"""python -m bench forecast: what each insertion and attention kernel, and a training step, should
+take on an H100 and an H200, by arithmetic, beside what it took (bench/results/gpu, an H200).
 
 A kernel takes the longest of: its bytes of device memory at the speed of a copy, its bytes of the
 L2 cache at that cache's speed, its operations at the rate of large products; and for each wave of
@@ -7,23 +7,33 @@ programs the wait for a chain of dependent loads. Bytes are those of the shape (
 of npg), each read or written once, and again where a program cannot keep them; those that a kernel
 has just written count as the L2 cache's. Shape: RoBERTa-large, 32k tokens, m = 20, texts as long as
 those of SST-2.
+
+The device's part of a step (cached, packed) is the sum of: products of the layers above k, forward
+and for input gradients (24 D^2 operations a row and layer each; the last layer has a row a text,
+and in the first only prompt rows go backward), at the rate of large products; what element-wise
+kernels and attention read and write, 18 times a layer's rows forward and 25 backward, at the speed
+of a copy; and the start of each launch.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from .shapes import HEADLINE, shape_of
 
-TUNED = Path(__file__).parent / "results" / "gpu" / "tune.txt"
+RESULTS = Path(__file__).parent / "results" / "gpu"
+TUNED, TRAINED = RESULTS / "tune.txt", RESULTS / "train.jsonl"
 # Bytes a second of a copy (read and written): measured on an H200 (kernels.jsonl); of an H100 from
 # a measurement of others, not ours. L2 and products are guesses for the processor that both have.
 COPY = {"H100": 3.0e12, "H200": 4.19e12}
 L2, PRODUCTS = 5.5e12, 6.0e14
 LOAD = 0.8e-6  # seconds of one load that goes to memory
+START = 1.5e-6  # seconds from a short kernel's end to the next one's work, inside a CUDA graph
+LAYERS, M, WIDTH = 6, 5, 1024  # of the measured steps: 24 layers, k = 18, D = 1024
 
 
 @dataclass(frozen=True)
@@ -118,6 +128,28 @@ def measured(path: Path = TUNED) -> dict[str, float]:
     return found
 
 
+def step_seconds(gpu: str, tokens: int, texts: int, launches: int) -> float:
+    """The device's part of a training step."""
+    rows, prompts = tokens + texts * M, texts * M
+    forward = (LAYERS - 1) * rows + texts
+    backward = (LAYERS - 2) * rows + prompts + texts
+    products = 24 * WIDTH**2 * (forward + backward)
+    moved = 2 * WIDTH * (18 * forward + 25 * backward)
+    return products / PRODUCTS + moved / COPY[gpu] + launches * START
+
+
+def measured_steps(path: Path = TRAINED) -> list[tuple[dict, dict]]:
+    """The latest figures of cached_packed at each size: (its batch, its times)."""
+    found, batch = {}, {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["what"] == "batches":
+            batch[row["size"]] = row
+        elif row.get("who") == "cached_packed" and "device_ms" in row:
+            found[row["size"]] = row
+    return [(batch[size], row) for size, row in found.items()]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench forecast", description=__doc__)
     parser.add_argument("--file", type=Path, default=TUNED, help="output of bench.tune_insert")
@@ -134,6 +166,18 @@ def main(arguments: list[str] | None = None) -> int:
         said = "- | -" if own is None else f"{own:.1f} | {times[1] / own:.0%}"
         row = " | ".join(f"{t:.1f}" for t in times)
         print(f"| {kernel.name} | {kernel.memory / 1e6:.0f} | {row} | {said} |")
+    print()
+    print(
+        "| step | texts | tokens | H100 ms | H200 ms | measured on an H200 ms | forecast over it |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for batch, took in measured_steps():
+        counts = (batch["tokens"], batch["texts"], took["launches"])
+        times = [1e3 * step_seconds(gpu, *counts) for gpu in ("H100", "H200")]
+        row = " | ".join(f"{t:.2f}" for t in times)
+        own = took["device_ms"]
+        said = f"{own:.2f} | {times[1] / own:.0%}"
+        print(f"| {batch['size']} | {batch['texts']:,} | {batch['tokens']:,} | {row} | {said} |")
     return 0
 
 

@@ -20,7 +20,7 @@ FAMILIES = {
     "layouts": r"insert_|gather_",
     "blocks": r"",
 }
-COLOURS = {"eager": "#9aa5b1", "compile": "#e0a030", "triton": "#1f77b4"}
+COLOURS = {"eager": "#9aa5b1", "compile": "#e0a030", "varlen": "#59a14f", "triton": "#1f77b4"}
 
 
 def _title(group: tuple, rows: list[dict]) -> str:

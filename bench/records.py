@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-PROVIDERS = ("eager", "compile", "triton")
+PROVIDERS = ("eager", "compile", "varlen", "triton")
 
 
 def read(path: str) -> list[dict]:

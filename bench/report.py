@@ -6,7 +6,7 @@ import argparse
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from .records import latest, read
+from .records import PROVIDERS, latest, read
 
 RESULTS = Path(__file__).parent / "results"
 # The targets: insertion on RoBERTa-large's shapes at 32k tokens, forward and backward alike.
@@ -44,12 +44,12 @@ def _table(lines: list[list[str]]) -> str:
 
 def table(found: dict) -> str:
     """Milliseconds of each provider, speedups and the kernels' bandwidth, a row an operator."""
-    heads = ["operator", "eager ms", "compile ms", "triton ms", "eager / triton"]
+    heads = ["operator", *(f"{p} ms" for p in PROVIDERS), "eager / triton"]
     heads += ["compile / triton", "GB/s", "share of copy", "peak MB eager", "peak MB triton"]
     lines = [heads]
     for op in dict.fromkeys(op for op, _ in found):
         row = found.get((op, "triton"), {})
-        line = [op, *(_ms(found.get((op, p))) for p in ("eager", "compile", "triton"))]
+        line = [op, *(_ms(found.get((op, p))) for p in PROVIDERS)]
         line += [_cell(_ratio(found, op, p), ".2f") for p in ("eager", "compile")]
         shown = row if "ms" in row else found.get((op, "eager"), {}) if op == "copy" else {}
         line.append(_cell(shown.get("gbps"), ",.0f"))

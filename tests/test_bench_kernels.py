@@ -1,4 +1,4 @@
-"""python -m bench kernels | plot | report, and bench/gpu.sh, as far as they go without a GPU."""
+"""python -m bench kernels | plot | report | forecast, as far as they go without a GPU."""
 
 from __future__ import annotations
 
@@ -331,3 +331,25 @@ def test_first_light_without_a_gpu(tmp_path):
     assert done.returncode == 0 and "insert_npg.fwd" in done.stdout, done.stdout + done.stderr
     code, said = run(tmp_path / "none.jsonl", "--device", "cuda")
     assert code == 2 and "No CUDA device was found" in said
+
+
+def test_forecast(tmp_path):
+    """Arithmetic and measurements of the committed files, side by side."""
+    code, said = bench("forecast")
+    assert code == 0
+    lines = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("|")]
+    by_name = {line[0]: line for line in lines}
+    # A copy of all rows: 2 x 32,768 x 1,024 x 2 bytes, 134.2 MB, 32.0 us at 4.19 TB/s, 44.7 at 3.0;
+    # six loads that wait for one another, 4.8 us.
+    name, megabytes, h100, h200, took, share = by_name["hidden_bwd_static"]
+    assert (name, megabytes, h100, h200) == ("hidden_bwd_static", "134", "49.5", "36.8")
+    assert (took, share) == ("38.1", "97%")
+    # 1,135 rows: 5 layers and 32 rows forward, 4 and 192 rows back; 24 x 1,024^2 operations each.
+    size, texts, tokens, *_, step, took, _share = by_name["b32"]
+    assert (size, texts, tokens, took) == ("b32", "32", "975", "1.38")
+    forward, backward = 5 * 1135 + 32, 4 * 1135 + 160 + 32
+    products = 24 * 1024**2 * (forward + backward) / 6e14
+    moved = 2048 * (18 * forward + 25 * backward) / 4.19e12
+    assert step == f"{1e3 * (products + moved + 206 * 1.5e-6):.2f}" == "0.85"
+    code, said = bench("forecast", "--file", str(tmp_path / "none.txt"))
+    assert code == 1 and "first_light.sh tune prints such a file" in said

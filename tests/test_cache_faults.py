@@ -73,11 +73,23 @@ def assert_sound_so_far(root) -> None:
 
 
 def test_killed_at_random_moments(root):
-    dice, where, length = random.Random(0), Counter(), 0.35
+    dice, where = random.Random(0), Counter()
+
+    def begun(at) -> Child:
+        """A build at its first step: until then nothing is there to be left half-done."""
+        child = Child(build_slowly, at, MANY, 0.0005, None, dice.random())
+        while not child.phase:
+            assert child.process.is_alive()
+            time.sleep(0.001)
+        return child
+
+    started = begun(root / "undisturbed"), time.monotonic()
+    assert started[0].end() == 0
+    length = time.monotonic() - started[1]
     rounds = 0
     while sum(where.values()) < KILLS:
         at = root / str(rounds)
-        child = Child(build_slowly, at, MANY, 0.003, None, dice.random())
+        child = begun(at)
         time.sleep(dice.random() * length)
         if child.end(signal.SIGKILL) == 0 or child.phase == "ended":
             rounds += 1

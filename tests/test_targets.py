@@ -60,7 +60,10 @@ def test_check(target, only, tmp_path):
     assert not failed, "\n".join(failed)
     assert done.returncode == 0, done.stderr
     reports = json.loads(file.read_text())
-    assert {r["kernel"] for r in reports} == set(targets.kernels())
+    expected = set(targets.kernels())
+    if "fp32" in only:  # attention takes half precision alone
+        expected = {name for name in expected if not name.startswith("attend")}
+    assert {r["kernel"] for r in reports} == expected
     assert all(r["registers"] > 0 for r in reports)
     assert done.stdout.count(f" {target} ") == len(reports)
 

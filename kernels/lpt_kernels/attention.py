@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .common import dot, round_to
-from .launch import ceil_div, launch, next_power_of_2, precision_of
+from .launch import ceil_div, launch, next_power_of_2, on_hopper, precision_of
 
-BLOCK = 64  # rows: one step of the tensor cores of sm_90
+# Rows: on sm_90 one step of its tensor cores; more than 32 spill elsewhere.
+BLOCK, BLOCK_ELSEWHERE = 64, 32
 # Columns of a head: wider ones spill (sm_90, of 128 in the backward: 264 bytes a thread).
 MAX_HEAD = 64
 # Texts of so many rows in the mean and at most are better off here than with PyTorch's own kernel.
@@ -346,7 +347,8 @@ class _Attend(torch.autograd.Function):
         out = q.new_empty(q.shape)
         lse = q.new_empty((heads, len(q)), dtype=torch.float32)
         D = q.shape[1] // heads
-        block = min(BLOCK, next_power_of_2(longest, 16))
+        block = BLOCK if on_hopper() else BLOCK_ELSEWHERE
+        block = min(block, next_power_of_2(longest, 16))
         ctx.common = dict(
             cu_seqlens_ptr=cu_seqlens,
             N=len(q),

@@ -451,6 +451,7 @@ def _d_h(kind, dz, arg, layout, T) -> tuple[Tensor, Tensor]:
         KIND=kind,
         BLOCK_T=block_t,
         BLOCK_R=block_r(R),
+        num_warps=8,
         **common,
     )
     return d_h, place

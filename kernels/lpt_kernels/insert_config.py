@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .launch import ceil_div, next_power_of_2
+from .launch import ceil_div, next_power_of_2, on_hopper
 
 # Programs that keep a GPU busy: two for each multiprocessor of an H100 or H200 (132).
 PROGRAMS = 264
@@ -35,8 +35,7 @@ class Config:
         return own | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-# Blocks that spill on no target (python -m lpt_kernels.targets --check), chosen on an H200
-# (bench/results/gpu.md).
+# For sm_90, chosen on an H200 (bench/results/gpu.md).
 HALF = {
     "npg_down_fwd": Config(32, 128, 8, 2, BLOCK_R=32),
     "pools_down_fwd": Config(128, 128, 8, 3),
@@ -49,6 +48,17 @@ HALF = {
     "down_bwd": Config(64, 128, 8, 3),
     "hidden_bwd": Config(64, 128, 8, 2),
 }
+# Nothing was tuned on other GPUs: less at once, for sm_80, sm_100 and the 64 KB of gfx942.
+HALF_ELSEWHERE = HALF | {
+    "pools_down_fwd": Config(64, 64, 8, 2),
+    "npg_up_fwd": Config(64, 64, 8, 2),
+    "up_fwd": Config(64, 64, 8, 2),
+    "up_bwd": Config(32, 64, 4, 2),
+    "npg_up_bwd_weight": Config(32, 64, 8, 2),
+    "up_bwd_weight": Config(32, 64, 8, 2),
+    "down_bwd": Config(64, 64, 4, 2),
+    "hidden_bwd": Config(64, 64, 8, 2),
+}
 # Products of fp32 numbers have no tensor cores and hold whole rows of both factors in registers, so
 # that their blocks are smaller.
 FP32 = {
@@ -58,9 +68,9 @@ FP32 = {
     "up_fwd": Config(64, 16, 8, 2),
     "static_bwd": Config(32, 128, 4, 2),
     "up_bwd": Config(64, 16, 8, 2),
-    "npg_up_bwd_weight": Config(16, 64, 8, 2),
+    "npg_up_bwd_weight": Config(16, 32, 8, 2),
     "up_bwd_weight": Config(16, 64, 8, 2),
-    "down_bwd": Config(16, 64, 8, 2),
+    "down_bwd": Config(16, 32, 8, 2),
     "hidden_bwd": Config(32, 32, 8, 2),
 }
 
@@ -98,8 +108,8 @@ def chunks_of(count: int, block: int, blocks: int, programs: int = PROGRAMS) -> 
 
 def config_of(kernel: str, dtype: torch.dtype, D: int) -> Config:
     """The default of a kernel."""
-    own = (FP32 if dtype == torch.float32 else HALF)[kernel]
-    return _narrow(own, D)
+    half = HALF if on_hopper() else HALF_ELSEWHERE
+    return _narrow((FP32 if dtype == torch.float32 else half)[kernel], D)
 
 
 def _narrow(config: Config, D: int) -> Config:

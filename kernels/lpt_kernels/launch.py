@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 import triton
@@ -66,6 +67,24 @@ def launch(kernel, grid: tuple[int, ...], *, num_warps: int = 4, num_stages: int
             kernel[grid](**args, num_warps=num_warps, num_stages=num_stages)
     else:
         kernel[grid](**args, num_warps=num_warps, num_stages=num_stages)
+
+
+# What is compiled for without a GPU (lpt_kernels.targets says).
+compiled_for: str | None = None
+
+
+def on_hopper() -> bool:
+    """Whether kernels run on sm_90, the GPU for which launch configurations were tuned; where there
+    is no GPU too, so that the interpreter runs what a Hopper would.
+    """
+    return compiled_for == "sm_90" if compiled_for else _gpu_is_hopper()
+
+
+@cache
+def _gpu_is_hopper() -> bool:
+    if torch.version.hip is not None:
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() == (9, 0)
 
 
 def precision_of(dtype: torch.dtype) -> str:

@@ -88,10 +88,13 @@ def pooling_bin(p, mask, m, cu_seqlens_ptr, readable_start_ptr, readable_count_p
     empty where masked.
     """
     b = p // m
-    j = (p % m).to(tl.int64)
+    j = p % m
     start, n = readable(b, mask, cu_seqlens_ptr, readable_start_ptr, readable_count_ptr)
-    begin = start + (j * n // m).to(tl.int32)
-    end = start + (((j + 1) * n + m - 1) // m).to(tl.int32)
+    # j n // m, taken apart so that it fits 32 bits: a GPU divides wider numbers by a function call.
+    whole = n // m
+    rest = n % m
+    begin = start + j * whole + j * rest // m
+    end = start + (j + 1) * whole + ((j + 1) * rest + m - 1) // m
     return begin, tl.where(mask, end, begin)
 
 

@@ -37,7 +37,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from . import hopper
+from . import hopper, launch
 from .common import INTERPRETED
 from .launch import Launch, record
 from .targets_cases import CASES
@@ -158,16 +158,18 @@ def specialise(launch: Launch, target: Target) -> tuple[ASTSource, dict]:
 
 
 @contextlib.contextmanager
-def _torch_for(target: Target) -> Iterator[None]:
-    """Heuristics ask torch.version which vendor's GPU they choose for."""
+def _chosen_for(target: str) -> Iterator[None]:
+    """Heuristics ask launch.on_hopper and torch.version which GPU they choose for."""
     version = torch.version.cuda, torch.version.hip
-    if target.gpu.backend == "hip":
+    if TARGETS[target].gpu.backend == "hip":
         torch.version.cuda, torch.version.hip = None, "6.4"
     else:
         torch.version.cuda, torch.version.hip = "12.8", None
+    launch.compiled_for = target
     try:
         yield
     finally:
+        launch.compiled_for = None
         torch.version.cuda, torch.version.hip = version
 
 
@@ -179,14 +181,14 @@ def collect(
     failures = []
     for name, function in cases.items():
         try:
-            with _torch_for(TARGETS[target]), record() as launches:
+            with _chosen_for(target), record() as launches:
                 function()
             if not launches:
                 raise RuntimeError("it launches no kernel")
-            for launch in launches:
-                source, options = specialise(launch, TARGETS[target])
-                key = (launch.name, source.hash(), str(options))
-                variants.setdefault(key, Variant(name, target, launch))
+            for one in launches:
+                source, options = specialise(one, TARGETS[target])
+                key = (one.name, source.hash(), str(options))
+                variants.setdefault(key, Variant(name, target, one))
         except Exception as error:
             failures.append(f"{name} on {target}: {one_line(error)}")
     return list(variants.values()), failures
