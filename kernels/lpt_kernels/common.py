@@ -16,6 +16,25 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
+def _let_arrays_of_one_be_numbers() -> None:
+    """Triton 3.6's interpreter makes an int of an array of one element, for bounds of loops, which
+    numpy refuses from 2.4 on.
+    """
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
+
+
+if INTERPRETED:
+    _let_arrays_of_one_be_numbers()
+
+
 @triton.jit
 def round_to(x, dtype: tl.constexpr):
     """fp32 -> `dtype`, to the nearest, ties to even, on every backend."""
