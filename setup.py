@@ -46,6 +46,6 @@ setup(
             "matplotlib>=3.8",
         ],
     },
-    entry_points={"console_scripts": ["lpt-fast=lpt_fast.cli:main"]},
+    entry_points={"console_scripts": ["lpt-fast=lpt_fast.cli.main:main"]},
     zip_safe=False,
 )

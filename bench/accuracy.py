@@ -2,7 +2,7 @@
 own code.
 
 All methods train for the same epochs on the same rows with the same batches; each has the learning
-rate of `lpt_fast.training.LEARNING_RATES`. No checkpoint is chosen: the model of the last step is
+rate of `lpt_fast.cli.train.LEARNING_RATES`. No checkpoint is chosen: the model of the last step is
 tested.
 """
 
@@ -16,7 +16,7 @@ import typer
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = ("trec", "subj", "sst2", "mr", "mpqa")
-# Name in the results -> settings of lpt_fast.arguments.TrainArguments.
+# Name in the results -> settings of lpt_fast.cli.arguments.TrainArguments.
 METHODS = {
     "lpt-npg": {"method": "lpt", "generator": "npg"},
     "lpt-appg": {"method": "lpt", "generator": "appg"},
@@ -59,10 +59,10 @@ def main(
     out: str = typer.Option(str(RESULTS / "accuracy.jsonl"), "--out"),
 ) -> None:
     """Append a line for each task and method that the file does not hold yet."""
-    from lpt_fast.arguments import TrainArguments
-    from lpt_fast.cli import _quiet
-    from lpt_fast.demo import demo_model
-    from lpt_fast.training import LEARNING_RATES, train
+    from lpt_fast.cli.arguments import TrainArguments
+    from lpt_fast.cli.demo import demo_model
+    from lpt_fast.cli.main import _quiet
+    from lpt_fast.cli.train import LEARNING_RATES, train
 
     from .machine import describe
 

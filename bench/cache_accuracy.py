@@ -62,7 +62,7 @@ def run(source, train, test, classes: int, layer: int, seed: int, epochs: int, c
     """
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
-    from lpt_fast.data import Collator
+    from lpt_fast.cli.data import Collator
 
     from .cache_data import temporary
 

@@ -128,7 +128,7 @@ class Source:
 
     @cached_property
     def model_name(self) -> str:
-        from lpt_fast.demo import demo_model
+        from lpt_fast.cli.demo import demo_model
 
         return self.model or demo_model()
 

@@ -316,7 +316,7 @@ def step(source: Source, sizes: Sizes) -> Iterator[Figure]:
     """What reading its batch costs a step of training with a cache, and the guard, and what the
     step costs without a cache.
     """
-    from lpt_fast.data import Collator
+    from lpt_fast.cli.data import Collator
 
     collate = Collator(source.tokenizer)
     examples, names = source.labelled("subj", rows=max(256, sizes.build_rows))

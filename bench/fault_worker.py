@@ -25,7 +25,7 @@ from transformers import (
 from lpt_fast import LPTConfig, LPTTrainer
 from lpt_fast.cache import ActivationCache
 from lpt_fast.cache.forward import Runner
-from lpt_fast.cursor import last_checkpoint
+from lpt_fast.train.cursor import last_checkpoint
 
 from .two_machines import enter
 

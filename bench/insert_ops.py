@@ -7,7 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lpt_fast import insertion, reference
+from lpt_fast import insertion
+from lpt_fast.insertion import reference
 
 from .case import Inputs, Operator, nbytes_of, normal, offsets
 

@@ -1,14 +1,10 @@
 """The operators that are timed: inputs, the plain PyTorch way, the kernels' way, and the bytes that
 any way has to move.
 
-`eager` is what a competent user of PyTorch would write (lpt_fast.reference, torch.nn.functional);
-in float64 it is also the oracle that every provider is compared with. `compile` is torch.compile of
-the same function. Both are given what the kernels are given: hidden states in the run's dtype and
-generator weights as fp32 masters, which every provider casts itself.
-
-Bytes are the compulsory ones: each input read once, each output written once, nothing in between.
-Said at each formula; e is the size of an element of the run's dtype. Small integers (cu_seqlens,
-an index) are not counted.
+`eager` is what a competent user of PyTorch would write (lpt_fast.insertion.reference,
+torch.nn.functional); in float64 it is also the oracle that every provider is compared with.
+`compile` is torch.compile of the same function. Both are given what the kernels are given: hidden
+states in the run's dtype and generator weights as fp32 masters, which every provider casts itself.
 """
 
 from __future__ import annotations

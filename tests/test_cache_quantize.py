@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lpt_fast import reference
 from lpt_fast.cache import CacheError
 from lpt_fast.cache.quantize import (
     FLOATS,
@@ -17,6 +16,7 @@ from lpt_fast.cache.quantize import (
     torch_dtype,
 )
 from lpt_fast.cache.shard import QUANTISED, STORES
+from lpt_fast.insertion import reference
 
 T, D = 64, 48
 

@@ -23,12 +23,11 @@ from cached_texts import (
 from insertion_cases import make_weights
 from tiny import tiny
 
-from lpt_fast import reference
 from lpt_fast.cache import CacheError, CorruptCacheError, MissingRowsError, reader
 from lpt_fast.cache.index import KeyTable
 from lpt_fast.cache.planner import TIERS
 from lpt_fast.cache.shard import STORES
-from lpt_fast.insertion import gather_insert_prompt, insert_prompt, insert_prompt_
+from lpt_fast.insertion import gather_insert_prompt, insert_prompt, insert_prompt_, reference
 
 PARTS = [[3, 1, 4], [1, 5], [9, 2, 6, 5]]
 ORDER = [7, 0, 7, 19, 3, 3, 12, 1]

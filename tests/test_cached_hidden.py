@@ -524,15 +524,14 @@ def test_heads_that_need_more_than_states():
         model(cached_hidden=cached(base, batch()))
 
 
-def test_identity_is_checked(lm, monkeypatch):
+def test_a_batch_is_checked_by_its_guard(lm):
     model, packed = lm
     seen = []
     late = model.get_base_model().transformer.late_prompt
-    monkeypatch.setattr(type(late), "_check_identity", lambda self, b: seen.append((self, b)))
     model(cached_hidden=packed)
-    marked = changed(packed, identity="abc")
-    model(cached_hidden=marked)
-    assert seen == [(late, marked)]
+    guarded = changed(packed, guard=lambda *call: seen.append(call))
+    model(cached_hidden=guarded)
+    assert seen == [(late, guarded)]
 
 
 # -- the stock Trainer -----------------------------------------------------------------------------

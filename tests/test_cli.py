@@ -12,9 +12,9 @@ from cli_cases import GOOD, ROWS, invoke, refused, write_tsv
 from tiny import tiny
 from transformers import AutoTokenizer
 
-from lpt_fast.arguments import TrainArguments
-from lpt_fast.cli import underscored
-from lpt_fast.settings import merge
+from lpt_fast.cli.arguments import TrainArguments
+from lpt_fast.cli.main import underscored
+from lpt_fast.cli.settings import merge
 
 SPEED = ["--use_cpu", "--num_train_epochs", "1", "--save_strategy", "no", "--bottleneck_size", "8"]
 
@@ -329,7 +329,7 @@ def test_training_rows_are_no_validation(models_dir, data, tmp_path):
 def test_half_precision_is_remembered(models_dir, data, tmp_path):
     out = tmp_path / "out"
     run_train(models_dir, data, out, "--torch_dtype", "bfloat16")
-    from lpt_fast.inference import Classifier
+    from lpt_fast.cli.inference import Classifier
 
     model = Classifier(str(out), use_cpu=True).model
     assert model.get_base_model().bert.encoder.layer[0].output.dense.weight.dtype == torch.bfloat16
@@ -344,9 +344,9 @@ def test_importing_first_or_last_registers_the_method():
         "import lpt_fast, importlib.util; importlib.util.find_spec('peft'); import peft",
         "import lpt_fast; from transformers import Trainer; import peft",
         # Inner modules first: they import peft themselves.
-        "import lpt_fast.config, peft, wave",
-        "import lpt_fast.generators, peft; from lpt_fast import LPTConfig; LPTConfig()",
-        "import lpt_fast.late_prompt, peft, wave",
+        "import lpt_fast.method.config, peft, wave",
+        "import lpt_fast.method.generators, peft; from lpt_fast import LPTConfig; LPTConfig()",
+        "import lpt_fast.method.late_prompt, peft, wave",
         "from lpt_fast.backbone.families import FAMILIES; import peft",
     ):
         code = f"{order}\nassert 'LPT' in peft.PEFT_TYPE_TO_TUNER_MAPPING"

@@ -108,8 +108,9 @@ def test_json_round_trip(tmp_path):
 
 def test_the_command_line_knows_the_same_choices():
     """It has its own lists, for it starts before PEFT is imported."""
-    from lpt_fast import arguments, config
     from lpt_fast.cache import shard
+    from lpt_fast.cli import arguments
+    from lpt_fast.method import config
 
     assert arguments.UPPER == config.UPPER
     assert set(arguments.STORES) == set(shard.STORES)

@@ -20,7 +20,7 @@ from cache_cases import Child, say
 from ddp_script import adapted, as_rank, collate, examples, fill, train
 from transformers import Trainer, TrainingArguments
 
-from lpt_fast.cursor import FILE, Cursor, SharedBatches, last_checkpoint
+from lpt_fast.train.cursor import FILE, Cursor, SharedBatches, last_checkpoint
 
 COUNT, BATCH, STEPS = 50, 8, 7  # 7 batches of 8, the last of 2
 

@@ -9,8 +9,8 @@ from collections import Counter
 
 import pytest
 
-from lpt_fast import demo_data
-from lpt_fast.demo_data import DEMO_CLASSES, build_demo_dataset, clean_docstring, normalise
+from lpt_fast.cli import demo_data
+from lpt_fast.cli.demo_data import DEMO_CLASSES, build_demo_dataset, clean_docstring, normalise
 
 # Written out here on purpose: a name that is lost from the module's own list must fail a test.
 FORBIDDEN = (
@@ -74,7 +74,7 @@ def test_same_rows_in_a_fresh_process(dataset):
     # A fresh process has another seed for hash(), and sees the imports the module needs.
     script = (
         "import hashlib, json, sys\n"
-        "from lpt_fast.demo_data import build_demo_dataset\n"
+        "from lpt_fast.cli.demo_data import build_demo_dataset\n"
         "text = json.dumps(build_demo_dataset())\n"
         "assert not {'torch', 'numpy', 'pandas', 'sympy', 'networkx'} & set(sys.modules)\n"
         "print(text)"

@@ -10,7 +10,7 @@ from cli_cases import invoke, refused
 from small_disk import mounted, stuff
 from test_cli import SPEED
 
-from lpt_fast.disk_room import saving_to
+from lpt_fast.train.disk_room import saving_to
 
 
 @pytest.mark.parametrize("leave", [0, 60_000, 400_000, 760_000, 900_000, 1_300_000])

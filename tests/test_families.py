@@ -15,8 +15,8 @@ from lpt_fast import LPTConfig
 from lpt_fast.backbone.families import FAMILIES as TABLE
 from lpt_fast.backbone.families import family_of, find_backbone
 from lpt_fast.backbone.lower import run_lower
-from lpt_fast.config import GENERATORS
-from lpt_fast.layout import PromptLayout
+from lpt_fast.insertion.padded_layout import PromptLayout
+from lpt_fast.method.config import GENERATORS
 
 CASES = [(f, a) for f in FAMILIES for a in attentions(f)]
 M = 3

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from lpt_fast import LPTTrainer
 from lpt_fast.backbone.families import find_backbone, get_layers
 from lpt_fast.cache import ActivationCache, CacheError
-from lpt_fast.fsdp import is_sharded, layers_to_shard, shard_frozen
+from lpt_fast.train.fsdp import is_sharded, layers_to_shard, shard_frozen
 
 STEPS = 4
 

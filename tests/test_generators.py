@@ -7,8 +7,8 @@ import torch
 from oracle import prompt_by_hand
 
 from lpt_fast import LPTConfig
-from lpt_fast.config import GENERATORS
-from lpt_fast.generators import build_generator
+from lpt_fast.method.config import GENERATORS
+from lpt_fast.method.generators import build_generator
 
 D, R = 24, 16
 

@@ -19,11 +19,12 @@ from tiny import batch
 from torch.overrides import TorchFunctionMode
 from transformers import TrainerCallback, TrainingArguments
 
-from lpt_fast import LPTTrainer, graphs
+from lpt_fast import LPTTrainer
 from lpt_fast.backbone.families import find_backbone
-from lpt_fast.backbone.packed_blocks import PostNormBlock
-from lpt_fast.graph_passes import NoRoom
-from lpt_fast.graphs import UpperGraphs
+from lpt_fast.packed import graphs
+from lpt_fast.packed.blocks import PostNormBlock
+from lpt_fast.packed.graph_passes import NoRoom
+from lpt_fast.packed.graphs import UpperGraphs
 
 
 @pytest.mark.parametrize("generator", ["static", "npg", "mppg", "residual"])
@@ -309,7 +310,7 @@ def test_what_cannot_be_captured_runs_as_ever(error, monkeypatch, caplog):
             got = outcome(model, "packed", cached_hidden=rows, **labels)
     assert_same(got, expected)
     assert len(calls) == 1 and held.replayed == 0
-    words = [r.getMessage() for r in caplog.records if r.name == "lpt_fast.graphs"]
+    words = [r.getMessage() for r in caplog.records if r.name == "lpt_fast.packed.graphs"]
     assert len(words) == isinstance(error, RuntimeError)
     assert all("no capture" in w and "without graphs" in w for w in words)
 

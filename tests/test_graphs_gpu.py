@@ -21,9 +21,9 @@ from test_trainer import trained
 from tiny import batch
 from transformers import TrainerCallback
 
-from lpt_fast import graph_passes, graphs
 from lpt_fast.backbone.families import find_backbone
-from lpt_fast.graphs import UpperGraphs
+from lpt_fast.packed import graph_passes, graphs
+from lpt_fast.packed.graphs import UpperGraphs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -174,7 +174,7 @@ def test_a_capture_that_breaks_off(monkeypatch, caplog):
             got, _ = accumulated(model, calls)
     assert len(looked) >= graph_passes.WARM_UP
     assert late.graphs.replayed == 0 == len(late.graphs)
-    words = [r.getMessage() for r in caplog.records if r.name == "lpt_fast.graphs"]
+    words = [r.getMessage() for r in caplog.records if r.name == "lpt_fast.packed.graphs"]
     assert len(words) == 1 and "without graphs" in words[0]
     sizes = torch.tensor([float(g.norm()) for g in plain.values()])
     assert (errors_of(got, plain) <= 1e-4 * sizes + 1e-6 * sizes.max()).all()

@@ -15,11 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
-from lpt_fast import insertion, insertion_ops
-from lpt_fast.backbone import packed, packed_attention, packed_blocks, packed_ops
+from lpt_fast import insertion
 from lpt_fast.backbone.families import find_backbone, get_layers
-from lpt_fast.backbone.packed_plan import Plan
-from lpt_fast.backbone.packed_readout import attend_one, attend_one_absorbed, pick
+from lpt_fast.insertion import ops as insertion_ops
+from lpt_fast.packed import attention as packed_attention
+from lpt_fast.packed import blocks as packed_blocks
+from lpt_fast.packed import ops as packed_ops
+from lpt_fast.packed import stack as packed
+from lpt_fast.packed.last_layer import attend_one, attend_one_absorbed, pick
+from lpt_fast.packed.plan import Plan
 from lpt_fast.packing import PackedBatch
 
 VIEWS = {

@@ -20,7 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from lpt_fast import ActivationCache, LPTConfig, LPTTrainer
 from lpt_fast.cache import CacheError
-from lpt_fast.cached_data import find_readout
+from lpt_fast.train.collators import find_readout
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-4}
 

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from lpt_fast import ActivationCache, PackedBatch
 from lpt_fast.cache import CacheError, CorruptCacheError
-from lpt_fast.cached_data import CachedDataset, PendingBatch, ReadAhead
+from lpt_fast.train.cached_dataset import CachedDataset, PendingBatch, ReadAhead
 
 
 def readers() -> list[str]:

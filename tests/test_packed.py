@@ -12,10 +12,10 @@ from test_cached_hidden import M, adapted, cached
 from tiny import CAUSAL, LAYERS, PAD, batch, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
-from lpt_fast.backbone import packed_attention
 from lpt_fast.backbone.families import find_backbone
-from lpt_fast.backbone.packed_blocks import BLOCKS
-from lpt_fast.config import GENERATORS
+from lpt_fast.method.config import GENERATORS
+from lpt_fast.packed import attention as packed_attention
+from lpt_fast.packed.blocks import BLOCKS
 
 ENCODERS = ["bert", "roberta", "xlm-roberta", "electra"]
 DECODERS = ["gpt2", "llama", "mistral", "qwen2", "qwen3"]
@@ -389,7 +389,8 @@ def test_every_block_is_a_known_family():
 @pytest.mark.parametrize("family", ["bert", "gpt2", "qwen3"])
 def test_a_step_from_the_cache_looks_at_no_number(family, generator, head, monkeypatch):
     """On a GPU, looking would make the host wait for it. Here on tensors that have none."""
-    from lpt_fast import context, reference
+    from lpt_fast.insertion import reference
+    from lpt_fast.method import context
 
     for module in (context, reference):
         monkeypatch.setattr(module, "check", lambda *_: None)  # an assertion in the stream there

@@ -13,12 +13,14 @@ from cli_cases import ROWS, invoke, refused, write_tsv
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from lpt_fast import ActivationCache, LPTConfig, arguments, training
+from lpt_fast import ActivationCache, LPTConfig
 from lpt_fast.backbone.lower import run_lower
 from lpt_fast.cache.folder import Folder, find_folders
 from lpt_fast.cache.identity import cut
-from lpt_fast.data import Collator
-from lpt_fast.settings import merge
+from lpt_fast.cli import arguments
+from lpt_fast.cli import train as training
+from lpt_fast.cli.data import Collator
+from lpt_fast.cli.settings import merge
 
 
 def fill(models_dir, data, out, *more, model="bert"):

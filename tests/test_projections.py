@@ -20,11 +20,12 @@ from tiny import LAYERS
 from transformers.activations import ACT2FN
 
 from lpt_fast import ActivationCache, LPTTrainer
-from lpt_fast.backbone import packed, packed_ops
 from lpt_fast.backbone.families import find_backbone
 from lpt_fast.cache import planner
-from lpt_fast.projections import Projections
-from lpt_fast.trainer import find_late_prompt
+from lpt_fast.packed import ops as packed_ops
+from lpt_fast.packed import stack as packed
+from lpt_fast.train.projections import Projections
+from lpt_fast.train.trainer import find_late_prompt
 
 IDS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14], [15, 16, 17, 18], [8, 9, 10, 11, 12, 13]]
 EXAMPLES = [{"input_ids": ids} for ids in IDS]
@@ -154,7 +155,7 @@ def test_of_no_use(tmp_path, config, words, caplog):
     trainer = cached(model, tmp_path, tmp_path / "cache", hold_projections=True)
     with pytest.raises(ValueError, match=f"of no use, expected layers that .*{words}"):
         trainer.train()
-    caplog.set_level(logging.INFO, logger="lpt_fast.projections")
+    caplog.set_level(logging.INFO, logger="lpt_fast.train.projections")
     cached(model, tmp_path, tmp_path / "cache", num_train_epochs=1).train()
     assert words in caplog.text
 
@@ -167,7 +168,7 @@ def test_training(tmp_path, projected, workers, half, caplog):
     """Held and not held, in fp32 and under the Trainer's autocast: one training. Worker processes
     make batches without, so nothing is held for them.
     """
-    caplog.set_level(logging.INFO, logger="lpt_fast.projections")
+    caplog.set_level(logging.INFO, logger="lpt_fast.train.projections")
     weights, prompts = {}, 8 * 3
     for hold in (None if workers else True, False, None):
         model = model_of()
@@ -214,7 +215,7 @@ def test_nothing_is_held_after_training(tmp_path, monkeypatch):
 
 def test_no_room(tmp_path, monkeypatch, projected, caplog):
     monkeypatch.setattr(planner.psutil, "virtual_memory", lambda: Memory())
-    caplog.set_level(logging.INFO, logger="lpt_fast.projections")
+    caplog.set_level(logging.INFO, logger="lpt_fast.train.projections")
     model = model_of()
     cached(model, tmp_path, tmp_path / "cache", num_train_epochs=1).train()
     assert "Projections of 32 texts take " in caplog.text and 24 not in projected

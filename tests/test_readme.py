@@ -12,8 +12,8 @@ import pytest
 from typer.main import get_command
 
 from lpt_fast.backbone.families import FAMILIES
-from lpt_fast.cli import app
-from lpt_fast.config import GENERATORS
+from lpt_fast.cli.main import app
+from lpt_fast.method.config import GENERATORS
 from lpt_fast.tasks import load_task
 
 ROOT = Path(__file__).resolve().parents[1]

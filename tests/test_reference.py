@@ -6,7 +6,7 @@ import pytest
 import torch
 from insertion_cases import KINDS, by_hand, lengths_to_cu, make_hidden, make_weights
 
-from lpt_fast.reference import insert_prompt, pooling_bins
+from lpt_fast.insertion.reference import insert_prompt, pooling_bins
 
 D, R = 24, 16
 LENGTHS = ([1], [3, 1, 17, 8], list(range(1, 24)), [63, 1, 200])

@@ -25,7 +25,7 @@ from lpt_fast.cache import ActivationCache, CacheError
 from lpt_fast.cache.folder import Folder
 from lpt_fast.cache.ranks import Ranks, deadline_seconds
 from lpt_fast.cache.verify import verify
-from lpt_fast.cursor import last_checkpoint
+from lpt_fast.train.cursor import last_checkpoint
 
 PATIENCE = 4  # seconds, where the cable is cut; it is 600 otherwise
 

@@ -14,10 +14,10 @@ from test_packed_fallbacks import way
 from tiny import batch, tiny
 
 from lpt_fast.backbone.families import find_backbone, get_layers
-from lpt_fast.backbone.packed import why_padded
 from lpt_fast.backbone.watch import Watch
 from lpt_fast.cache.guards import check_batch
 from lpt_fast.cache.identity import cut, identity_of
+from lpt_fast.packed.stack import why_padded
 from lpt_fast.packing import PackedBatch
 
 K = 2

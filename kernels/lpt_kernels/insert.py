@@ -1,8 +1,8 @@
 """Fused prompt insertion: the prompt generator and the concatenation in one pass over the text.
 
 `insert_fwd` and `insert_bwd` are plain functions on tensors; autograd, checks and the registration
-with PyTorch are lpt_fast.insertion's. Formulas: lpt_fast/reference.py (paper section 3.2). Launch
-configurations: insert_config.py.
+with PyTorch are lpt_fast.insertion's. Formulas: lpt_fast/insertion/reference.py (paper section
+3.2). Launch configurations: insert_config.py.
 """
 
 from __future__ import annotations

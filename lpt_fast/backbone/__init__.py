@@ -1,0 +1,11 @@
+"""A Hugging Face model cut at layer k.
+
+families.py     the table of model families: where layers, heads and positions are
+lower.py        layers 1..k                 upper.py       layers k+1..L by the model's own code
+copies.py       halves over the same weights
+cache_view.py   the KV cache as one half sees it
+fingerprint.py  whether frozen tensors are what they were
+watch.py        whether modules are what they were, asked in every step
+
+Knows transformers and modules: no prompts, no adapters, no files.
+"""

@@ -8,7 +8,7 @@ import copy
 
 from torch import Tensor, nn
 
-from ..layout import PromptLayout
+from ..insertion.padded_layout import PromptLayout
 from .cache_view import CacheView
 from .copies import cut_copy, set_submodule, shallow_copy
 from .families import Family, get_layers

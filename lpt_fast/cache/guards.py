@@ -10,12 +10,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from ..backbone.fingerprint import fingerprint, tensors_of
 from ..backbone.watch import Watch, spine
 from .errors import CacheError
-from .identity import Place, cut, fingerprint, identity_of, tensors_of
+from .identity import Place, cut, identity_of
 
 if TYPE_CHECKING:
-    from ..late_prompt import LatePrompt
+    from ..method.late_prompt import LatePrompt
     from ..packing import PackedBatch
 
 

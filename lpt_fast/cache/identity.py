@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..backbone.copies import LATE_PROMPT
 from ..backbone.families import Family, find_backbone, get_layers
+from ..backbone.fingerprint import tensors_of
 from ..backbone.lower import build_lower
 from .documents import canonical
 from .errors import CacheError
@@ -139,24 +140,6 @@ def cut(model: nn.Module, layer: int | None = None) -> Place:
             f"layers, got {layer!r}."
         )
     return Place(model, backbone, family, layer, build_lower(backbone, family, layer))
-
-
-def tensors_of(lower: nn.Module):
-    """Names, parameters and buffers of everything that acts at or below the cut, in a fixed
-    order.
-    """
-    yield from sorted(lower.named_parameters(remove_duplicate=False), key=lambda item: item[0])
-    yield from sorted(lower.named_buffers(remove_duplicate=False), key=lambda item: item[0])
-
-
-def fingerprint(lower: nn.Module) -> tuple:
-    """Changes when a tensor below the cut is changed in place or replaced; cheap enough for every
-    step. (Not seen: writing through `.data`, which hides from PyTorch's version counters.)
-    """
-    return tuple(
-        (t.data_ptr(), 0 if t.is_inference() else t._version, t.requires_grad)
-        for _, t in tensors_of(lower)
-    )
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -16,9 +16,9 @@ from .errors import CacheError
 TIERS = ("device", "pinned", "page", "disk")
 # Shares of what is free that a cache may take: a model trains beside it.
 DEVICE_SHARE, PINNED_SHARE, PAGE_SHARE = 0.5, 0.4, 0.7
-# Of all memory, that projections of the rows may take (lpt_fast/projections.py). (Not of what is
-# free: whether they are held changes the last bits of a training, which should rarely hang on what
-# else is running.)
+# Of all memory, that projections of the rows may take (lpt_fast/train/projections.py). (Not of what
+# is free: whether they are held changes the last bits of a training, which should rarely hang on
+# what else is running.)
 HELD_SHARE = 0.1
 
 

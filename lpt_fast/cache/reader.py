@@ -22,6 +22,7 @@ from torch import Tensor
 from ..packing import PackedBatch
 from .errors import CacheError, CorruptCacheError, MissingRowsError
 from .folder import Folder
+from .guards import check_batch
 from .index import RowTable
 from .planner import Plan
 from .quantize import FLOATS, decode, torch_dtype
@@ -119,6 +120,7 @@ class RowReader:
             identity=self.folder.identity.digest,
             store=self._store,
             compute_dtype=self.folder.identity.compute_dtype,
+            guard=check_batch,
         )
         return batch if self.device.type == "cpu" else batch.to(self.device, non_blocking=True)
 

@@ -16,7 +16,7 @@ import numpy as np
 from torch import nn
 
 from ..backbone.families import Family
-from ..context import parameter_names
+from ..method.context import parameter_names
 from .errors import CacheError
 from .shard import KEY_BYTES
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 _HOME = {
     "TASKS": "templates",
-    "TaskSpec": "templates",
+    "TaskSpec": "spec",
     "load_task": "templates",
     "encode_cloze": "cloze",
     "encode_texts": "cloze",
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from .fewshot import FEW_SHOT_SEEDS, few_shot_split
     from .metrics import classification_metrics
     from .readers import encode_labels, label_names, read_split
-    from .templates import TASKS, TaskSpec, load_task
+    from .spec import TaskSpec
+    from .templates import TASKS, load_task
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .templates import MASK_FIELD, TaskSpec, template_parts
+from .spec import MASK_FIELD, TaskSpec, template_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .templates import TaskSpec
+from .spec import TaskSpec
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from .templates import TaskSpec
+from .spec import TaskSpec
 
 _REQUIRED = ("name", "text_columns", "template", "label_words")
 _OPTIONAL = ("metric", "decoder_template")

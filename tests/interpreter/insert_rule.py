@@ -17,8 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from insertion_cases import KINDS, lengths_to_cu, make_hidden, make_weights
 
-from lpt_fast import reference
-from lpt_fast.insertion import insert_prompt
+from lpt_fast.insertion import insert_prompt, reference
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = [F32, F16, BF16]

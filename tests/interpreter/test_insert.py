@@ -28,7 +28,7 @@ from insert_rule import (
 from insert_rule import poisoned_memory as poisoned_memory
 from lpt_kernels.insert import Layout, insert_bwd, insert_fwd
 
-from lpt_fast import reference
+from lpt_fast.insertion import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

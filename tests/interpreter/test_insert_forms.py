@@ -25,8 +25,7 @@ from insert_rule import poisoned_memory as poisoned_memory
 from lpt_kernels.gather import gather_rows
 from test_gather import make_store
 
-from lpt_fast import reference
-from lpt_fast.insertion import gather_insert_prompt, insert_prompt_, insert_prompt_padded
+from lpt_fast.insertion import gather_insert_prompt, insert_prompt_, insert_prompt_padded, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -20,7 +20,7 @@ from lpt_kernels import insert, insert_config
 from lpt_kernels.gather import Store, source_rows
 from lpt_kernels.traffic import count_traffic
 
-from lpt_fast.reference import pooling_bins
+from lpt_fast.insertion.reference import pooling_bins
 
 SAVED = ("units", "arg")
 WEIGHTS = ("w_down", "b_down", "w_up", "b_up")

@@ -1,0 +1,164 @@
+"""A trained adapter at work: class probabilities for texts, evaluation on labelled files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
+
+from ..tasks import classification_metrics, encode_labels
+from .arguments import ADAPTER_METHODS, EvalArguments
+from .data import (
+    RUN_FILE,
+    Collator,
+    Formulation,
+    cannot_load,
+    load_tokenizer,
+    read_rows,
+    text_columns_of,
+)
+
+
+class Classifier:
+    """A model that `lpt-fast train` wrote, ready to classify texts.
+
+    Args:
+        folder: the output folder of the training.
+        model: base model to use instead of the one that the folder names (it may have moved).
+        max_length: most tokens of an example, if other than in training.
+        batch_size: examples of a batch.
+        use_cpu: stay on the CPU where there is a GPU.
+
+    Raises:
+        ValueError: for a folder that holds no training, or a base model that cannot be loaded or
+            does not fit.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        model: str | None = None,
+        max_length: int | None = None,
+        batch_size: int = 64,
+        use_cpu: bool = False,
+    ):
+        run = Path(folder) / RUN_FILE
+        if not run.is_file():
+            raise ValueError(
+                f"{folder} holds no {RUN_FILE}; give the folder that `lpt-fast train --output_dir` "
+                "wrote."
+            )
+        self.formulation = Formulation.from_json(json.loads(run.read_text(encoding="utf-8")))
+        if max_length is not None:
+            self.formulation.max_length = max_length
+        self.batch_size = batch_size
+        self.device = torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
+        self.tokenizer = load_tokenizer(folder)
+        self.model = self._load(folder, model or self.formulation.model).eval().to(self.device)
+        self._words = self.formulation.word_ids(self.tokenizer) if self.formulation.cloze else None
+
+    def _load(self, folder: str, base: str):
+        form = self.formulation
+        auto, more = AutoModelForSequenceClassification, {"num_labels": len(form.labels)}
+        if form.cloze:
+            auto, more = (AutoModelForCausalLM if form.causal else AutoModelForMaskedLM), {}
+        # Not by what lies in the folder: an earlier training may have left its files there.
+        adapter = form.method in ADAPTER_METHODS
+        try:
+            model = auto.from_pretrained(
+                base if adapter else folder,
+                ignore_mismatched_sizes=adapter,
+                dtype=getattr(torch, form.dtype),
+                **more,
+            )
+        except (OSError, ValueError) as error:
+            way_out = f"{cannot_load('model', base, error)} Give the base model with --model."
+            raise ValueError(way_out) from None
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = self.tokenizer.pad_token_id
+        if not adapter:
+            return model
+        try:
+            return PeftModel.from_pretrained(model, folder)
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise ValueError(
+                f"The adapter in {folder} does not fit the model {base} (it was trained on "
+                f"{form.model}): {reason}"
+            ) from None
+
+    @property
+    def labels(self) -> list[str]:
+        return self.formulation.labels
+
+    @torch.inference_mode()
+    def probabilities(self, rows: dict[str, list[str]], progress: bool = False) -> np.ndarray:
+        """Class probabilities, float32 [N, C], in the order of the rows.
+
+        Args:
+            rows: text column -> N texts.
+            progress: show a progress bar.
+        """
+        examples = self.formulation.encode(self.tokenizer, rows, labels=None)
+        out = np.zeros((len(examples), len(self.labels)), dtype=np.float32)
+        collate = Collator(self.tokenizer)
+        # Texts of like length together: less padding.
+        order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
+        steps = range(0, len(order), self.batch_size)
+        for start in tqdm(steps, desc="Predicting", disable=not progress):
+            index = order[start : start + self.batch_size]
+            batch = {k: v.to(self.device) for k, v in collate([examples[i] for i in index]).items()}
+            if not isinstance(self.model, PeftModel):
+                batch.pop("context_lengths", None)
+            if self.formulation.cloze:  # with a late prompt always: other methods train a head
+                place = torch.tensor([examples[i]["readout"] for i in index], device=self.device)
+                logits = self.model(**batch, readout=place).logits[:, 0, self._words]
+            else:
+                logits = self.model(**batch).logits
+            out[index] = logits.float().softmax(-1).cpu().numpy()
+        return out
+
+    def predict(self, rows: dict[str, list[str]], progress: bool = False) -> Iterator[dict]:
+        """For each row its label, the label's probability and those of all labels."""
+        for p in self.probabilities(rows, progress):
+            best = int(p.argmax())
+            yield {
+                "label": self.labels[best],
+                "probability": float(p[best]),
+                "probabilities": {name: float(v) for name, v in zip(self.labels, p, strict=True)},
+            }
+
+
+def evaluate(args: EvalArguments) -> dict[str, float]:
+    """Metrics of a trained adapter on labelled data; the body of `lpt-fast eval`.
+
+    Returns:
+        accuracy, f1, mcc in [0, 1] (mcc in [-1, 1]), and `examples`.
+    """
+    classifier = Classifier(
+        args.adapter, args.model, args.max_length, args.per_device_eval_batch_size, args.use_cpu
+    )
+    form = classifier.formulation
+    columns = (
+        text_columns_of(form.task, args.text_column) if args.text_column else form.text_columns
+    )
+    label_column = args.label_column or form.label_column
+    source = args.test_file or args.dataset
+    dataset, texts = read_rows(
+        source, args.split, form.task, columns, label_column, args.max_eval_samples
+    )
+    ids = form.task.hub_label_ids if form.task else None
+    gold = list(encode_labels(dataset, label_column, form.labels, ids)["labels"])
+    predicted = classifier.probabilities(texts, progress=True).argmax(-1)
+    metrics = classification_metrics(predicted, np.asarray(gold), num_classes=len(form.labels))
+    return {**metrics, "examples": len(gold)}

@@ -1,0 +1,10 @@
+"""Late Prompt Tuning as a PEFT method.
+
+config.py       LPTConfig                        tuner.py        LPTModel, PEFT's verbs
+register.py     PEFT learns of the method        late_prompt.py  the module in the backbone
+generators.py   hidden states -> prompt          context.py      which tokens a prompt may read
+call_inputs.py  what a call says of its text     labels.py, readout.py  labels; which token is read
+packed_call.py  a call of the packed layers      cached_call.py  `model(cached_hidden=batch)`
+
+Gives LPTConfig, LPTModel and LatePrompt. Knows backbone and packed: no files, no Trainer.
+"""

@@ -1,0 +1,106 @@
+"""What a call of the backbone brings: its KV cache and its masks, checked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from ..backbone.families import Family, get_layers
+
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+
+
+def kv_cache(backbone: nn.Module, family: Family, k: int, m: int, training: bool, kwargs: dict):
+    """The KV cache of the whole model, made here where the caller wants one and brought none.
+
+    Args:
+        backbone, family, k: as for `run_lower`.
+        m: prompt rows per example.
+        training: whether the model trains.
+        kwargs: of the backbone's forward; `use_cache` and `past_key_values` are set in them.
+
+    Returns:
+        The cache or None, and the number of tokens that it holds below the insertion.
+
+    Raises:
+        ValueError: for a static cache, and for one that something else has filled.
+    """
+    if not family.causal:
+        return None, 0
+    cache = kwargs.get("past_key_values")
+    use_cache = kwargs.get("use_cache", getattr(backbone.config, "use_cache", False))
+    checkpointing = any(
+        getattr(layer, "gradient_checkpointing", False) for layer in get_layers(backbone, family)
+    )
+    if training and checkpointing:
+        use_cache = False
+    kwargs["use_cache"] = use_cache
+    if not use_cache and cache is None:
+        return None, 0
+    if cache is None:
+        cache = DynamicCache(config=backbone.config)
+    if any("Static" in type(layer).__name__ for layer in getattr(cache, "layers", ())):
+        raise ValueError(
+            "Late Prompt Tuning got a static KV cache, which has no room for the prompt rows "
+            "of the layers above the insertion. Use a dynamic cache "
+            "(cache_implementation='dynamic')."
+        )
+    kwargs["past_key_values"] = cache
+    past = cache.get_seq_length()
+    if past and cache.get_seq_length(k) != past + m:
+        raise ValueError(
+            f"The KV cache holds {past} entries below the insertion and "
+            f"{cache.get_seq_length(k)} above, expected {past + m} (the prompt takes {m}): it "
+            "was filled by another adapter or by the base model, or it was cropped. Start with "
+            "an empty cache."
+        )
+    return cache, past
+
+
+def attended_of(kwargs: dict) -> tuple[Tensor | None, tuple[int, int], torch.device]:
+    """Of a call of the whole model: which tokens are attended to, bool [B, S] (None: all), (B, S)
+    and the device.
+
+    Raises:
+        ValueError: for a call without text.
+    """
+    text = kwargs.get("input_ids")
+    text = kwargs.get("inputs_embeds") if text is None else text
+    if text is None:
+        raise ValueError("The model got neither text nor hidden states, expected one; give them.")
+    mask = kwargs.get("attention_mask")
+    tokens = None if mask is None else mask.to(text.device).bool()
+    return tokens, tuple(text.shape[:2]), text.device
+
+
+def check_inputs(inputs: dict, kwargs: dict) -> None:
+    """Refuses masks that prompt rows cannot be added to, and texts packed into one row.
+
+    Args:
+        inputs: what the lower half needs to make its input, by name.
+        kwargs: the other arguments of the backbone's forward.
+
+    Raises:
+        ValueError: for such a mask, for packed texts and for cross-attention.
+    """
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        got = f"{mask.dim()}-D" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            "Late Prompt Tuning needs the 2-D attention_mask [B, S] of the tokenizer, got "
+            f"{got}: the prompt rows have to be added to it."
+        )
+    if kwargs.get("encoder_hidden_states") is not None:
+        raise ValueError(
+            "Late Prompt Tuning got encoder_hidden_states; cross-attention in the adapted "
+            "backbone is not known."
+        )
+    packed = [name for name in _PACKED if kwargs.get(name) is not None]
+    if not packed and mask is None and positions is not None and positions.shape[1] > 1:
+        packed = ["position_ids that restart"] if (positions.diff(dim=1) != 1).any() else []
+    if packed:
+        raise ValueError(
+            f"Late Prompt Tuning got several texts packed into one row ({packed[0]}); give one "
+            "text per row, padded, with an attention_mask."
+        )

@@ -1,0 +1,443 @@
+"""LatePrompt: the module that makes a backbone run as lower half -> prompt -> upper half
+-> strip.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from ..backbone.copies import LATE_PROMPT
+from ..backbone.families import Family, get_layers, is_language_model
+from ..backbone.lower import run_lower
+from ..backbone.upper import run_upper
+from ..backbone.watch import Modes, Watch
+from ..insertion.padded_layout import PromptLayout
+from . import cached_call as cached
+from .call_inputs import attended_of, check_inputs, kv_cache
+from .config import LPTConfig, check_upper
+from .context import Context, attended, parameter_names
+from .generators import PromptGenerator, build_generator
+from .labels import get_labels, set_labels
+from .packed_call import run_call, takes_packed
+from .readout import READOUT, SHIFTED, checked_places, columns_of, narrow_labels
+
+# The place is internal to transformers; without it, hidden states are still captured, but maybe
+# twice.
+try:
+    from transformers.utils.output_capturing import maybe_install_capturing_hooks
+except ImportError:  # pragma: no cover
+    maybe_install_capturing_hooks = None
+
+# What the lower half needs to make its input; the upper half gets that as `inputs_embeds`.
+_INPUTS = ("input_ids", "inputs_embeds", "token_type_ids", "attention_mask", "position_ids")
+
+
+class LatePrompt(nn.Module, BaseTunerLayer):
+    """The adapter's place in a backbone: holds the prompt generators and takes over the backbone's
+    forward.
+
+    It is a child of the backbone (`backbone.late_prompt`), not a wrapper around it: the names, the
+    class and the tied weights of the base model stay as they are, and a bare `AutoModel` can be
+    adapted in place.
+
+    Args:
+        root: the whole model, whose calls carry labels and context lengths.
+        backbone: the module that is split.
+        family: its line of the table of families.
+        causal_lm: whether labels of the model are the tokens to generate, so that the context ends
+            before them.
+    """
+
+    adapter_layer_names = ("lpt_generator",)
+    other_param_names = ("lpt_config",)
+
+    def __init__(self, root: nn.Module, backbone: nn.Module, family: Family, causal_lm: bool):
+        super().__init__()
+        self.lpt_generator = nn.ModuleDict()
+        self.lpt_config: dict[str, LPTConfig] = {}
+        self.family = family
+        self.causal_lm = causal_lm
+        self.merged_adapters = []
+        # A list hides them from nn.Module: they hold this module, not the other way round.
+        self._outside = [root, backbone]
+        self.context = Context(causal_lm)
+        self._upper: str | None = None
+        # UpperGraphs (graphs.py) where training runs by CUDA graphs, else None.
+        self.graphs = None
+        self._said: set[str | None] = set()  # why layers ran as they did, said once
+        # What was found out of the model's modules, while they stay as they are (watch.py).
+        self._modes: Modes | None = None
+        self.plain: dict[int, Watch | None] = {}
+        self.base_labels = get_labels(root)
+        # Whose label space the model has now (None: the base model's), and what is known of each.
+        self._labels_of: str | None = None
+        problem_type = getattr(getattr(root, "config", None), "problem_type", None)
+        self._problem_types: dict[str | None, str | None] = {None: problem_type}
+
+    # -- life of the module ------------------------------------------------------------------------
+
+    @property
+    def root(self) -> nn.Module:
+        return self._outside[0]
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self._outside[1]
+
+    def attach(self) -> None:
+        """Makes this module a child of the backbone and its forward the backbone's."""
+        root, backbone = self.root, self.backbone
+        backbone.add_module(LATE_PROMPT, self)
+        backbone.forward = self.run
+        self._hooks = (
+            root.register_forward_pre_hook(self._enter, with_kwargs=True),
+            root.register_forward_hook(self.context.forget, always_call=True),
+        )
+        if hasattr(root, "generate"):
+            root.generate = self.generate
+        # Trainer takes **kwargs in `forward` as a promise that the loss is divided by
+        # num_items_in_batch. Models other than causal language models do not, and with gradient
+        # accumulation their loss would come out several times too large.
+        self._sets_loss_flag = not self.causal_lm and not hasattr(root, "accepts_loss_kwargs")
+        if self._sets_loss_flag:
+            root.accepts_loss_kwargs = False
+
+    def detach(self) -> None:
+        """Gives the model back as it was."""
+        root, backbone = self.root, self.backbone
+        del backbone._modules[LATE_PROMPT]
+        del backbone.forward
+        for hook in self._hooks:
+            hook.remove()
+        root.__dict__.pop("generate", None)
+        if self._sets_loss_flag:
+            del root.accepts_loss_kwargs
+        set_labels(root, self.base_labels)
+        if hasattr(getattr(root, "config", None), "problem_type"):
+            root.config.problem_type = self._problem_types[None]
+        root.train(root.training)  # frozen layers too are again in the mode of the whole
+
+    def add_generator(self, adapter_name: str, config: LPTConfig, inference_mode: bool) -> None:
+        """Adds the generator of a new adapter, on the device of the layer before the insertion."""
+        backbone, family = self.backbone, self.family
+        dropout = config.prompt_dropout
+        if dropout is None:
+            dropout = family.default_dropout(backbone.config)
+        generator = build_generator(config, backbone.config.hidden_size, dropout, family.causal)
+        weight = next(get_layers(backbone, family)[config.insertion_layer - 1].parameters())
+        on_meta = any(p.is_meta for p in generator.parameters())
+        if not on_meta and not weight.is_meta:
+            generator.to(weight.device)
+        if weight.is_floating_point():
+            generator.to(weight.dtype)
+        self.lpt_generator[adapter_name] = generator
+        self.lpt_config[adapter_name] = config
+        if config.init_from_vocab and not on_meta and not inference_mode:
+            self._init_from_vocab(generator, config)
+        generator.train(self.training)
+
+    @torch.no_grad()
+    def _init_from_vocab(self, generator: PromptGenerator, config: LPTConfig) -> None:
+        """Starts a static prompt from the states of m random tokens after layer k, read as one
+        short text.
+        """
+        weight = generator.prompt_embedding.weight
+        ids = torch.randint(self.backbone.config.vocab_size, (1, config.num_virtual_tokens))
+        device = next(self.backbone.parameters()).device
+        out = run_lower(
+            self.backbone,
+            self.family,
+            config.insertion_layer,
+            {"input_ids": ids.to(device), "return_dict": True},
+        )
+        weight.copy_(out.last_hidden_state[0])
+
+    # -- PEFT's view -------------------------------------------------------------------------------
+
+    def get_base_layer(self) -> nn.Module:
+        return self.backbone
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if len(names) > 1:
+            raise ValueError(
+                f"Late Prompt Tuning runs one adapter at a time, got {names}. Set one of them."
+            )
+        super().set_adapter(names, inference_mode=inference_mode)
+        self._sync()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        for module in self.root.modules():
+            # `model.enable_adapters()` of transformers forgets the heads that its
+            # disable_adapters() switched off.
+            if isinstance(module, ModulesToSaveWrapper):
+                module.enable_adapters(enabled)
+        self._sync()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device=None) -> None:
+        """After loading with low_cpu_mem_usage: to the device of the backbone; the dtype is the
+        adapter's own.
+        """
+        if adapter_name in self.lpt_generator:
+            target = device or next(self.backbone.parameters()).device
+            self.lpt_generator[adapter_name].to(target)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(NO_MERGE)
+
+    def unmerge(self) -> None:
+        raise ValueError(NO_MERGE)
+
+    @property
+    def upper(self) -> str:
+        """How the layers above the insertion run: "auto", "packed" or "padded"; the active
+        adapter's own setting until another one is set here.
+        """
+        config = self.active_config
+        return self._upper or ("auto" if config is None else config.upper)
+
+    @upper.setter
+    def upper(self, value: str | None) -> None:
+        if value is not None:
+            check_upper(value)
+        self._upper = value
+
+    @property
+    def active_config(self) -> LPTConfig | None:
+        """Configuration of the adapter that runs; None while adapters are disabled or none is
+        active.
+        """
+        names = [n for n in self.active_adapters if n in self.lpt_config]
+        return self.lpt_config[names[0]] if names and not self.disable_adapters else None
+
+    # -- modes and labels --------------------------------------------------------------------------
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        # nn.Module.train has visited the layers before this youngest child of the backbone.
+        self._sync_modes()
+        return self
+
+    def _sync(self) -> None:
+        """Modes and label space of the adapter that runs, or of the base model."""
+        self._sync_modes()
+        config = self.active_config
+        owner = None if config is None else self.active_adapters[0]
+        model_config = getattr(self.root, "config", None)
+        if owner == self._labels_of or model_config is None:
+            return
+        # `problem_type` is found out in the first training step; it belongs to the label space.
+        self._problem_types[self._labels_of] = getattr(model_config, "problem_type", None)
+        self._labels_of = owner
+        labels = None if config is None else (config.num_labels, config.id2label)
+        set_labels(self.root, labels if labels and labels[0] else self.base_labels)
+        if hasattr(model_config, "problem_type"):
+            model_config.problem_type = self._problem_types.get(owner, self._problem_types[None])
+
+    def _sync_modes(self, below: bool = True) -> None:
+        """Frozen layers in eval mode: below the insertion always, above unless upper_dropout.
+
+        Args:
+            below: False where the layers below do not run: whether there are new modules among
+                them is then not asked.
+        """
+        config = self.active_config
+        if config is None:
+            for name, child in self.backbone.named_children():
+                if name != LATE_PROMPT:
+                    child.train(self.training)  # the base model is in the mode that was set
+            return
+        k = config.insertion_layer
+        if self._modes is None or not self._modes.fits(k, below):
+            self._modes = Modes(self.backbone, self.family, k)
+        self._modes.set(self.training and config.upper_dropout)
+
+    # -- the forward -------------------------------------------------------------------------------
+
+    def generate(self, *args, context_lengths=None, **kwargs):
+        """The model's own `generate`, in which the context stays the prompt text, with or without a
+        KV cache.
+
+        Args:
+            args, kwargs: those of `transformers.GenerationMixin.generate`.
+            context_lengths: tokens of each example that the prompt is made from; default: all of
+                the input's.
+        """
+        if kwargs.pop(cached.CACHED, None) is not None:
+            raise ValueError(
+                f"generate() got `{cached.CACHED}`, expected the text: new tokens go through all "
+                "layers and need the KV cache of those up to the insertion. Give input_ids."
+            )
+        given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+        config = given or getattr(self.root, "generation_config", None)
+        names = ("prefill_chunk_size", "assistant_model", "prompt_lookup_num_tokens")
+        for name in (*names, "guidance_scale"):
+            value = kwargs.get(name, getattr(config, name, None))
+            if value is not None and (name, value) != ("guidance_scale", 1) and self.active_config:
+                raise ValueError(
+                    f"generate() got `{name}`, which Late Prompt Tuning does not support: the "
+                    "prompt is made once, from the whole context, and stays in the KV cache. Leave "
+                    "it out."
+                )
+        with self.context.generating(context_lengths):
+            return type(self.root).generate(self.root, *args, **kwargs)
+
+    def _enter(self, model: nn.Module, args: tuple, kwargs: dict):
+        """Forward pre-hook of the whole model: takes what the backbone will not be given."""
+        batch = kwargs.pop(cached.CACHED, None)
+        place = kwargs.pop(READOUT, None)
+        if place is not None:
+            self._check_readout()
+            kwargs = {
+                **dict(zip(parameter_names(type(model).forward), args, strict=False)),
+                **kwargs,
+            }
+            args = ()
+        if batch is not None:
+            batch, kwargs = cached.enter(self, batch, args, kwargs)
+            args = ()
+        if place is None:
+            return self.context.note(model, args, kwargs, batch)
+        tokens, shape, device = attended_of(kwargs)
+        place = checked_places(place, tokens, *shape, device)
+        self.context.note(model, args, kwargs, batch, place)
+        # (The context of a prompt ends where the whole labels begin, so these are noted before.)
+        narrow_labels(kwargs, place, tokens, self.causal_lm)
+        return args, kwargs
+
+    def _check_readout(self) -> None:
+        known = is_language_model(self.root) and not self.family.bias_owner
+        if not known or self.active_config is None:
+            raise ValueError(
+                f"{type(self.root).__name__} got `{READOUT}`, expected it for a masked or causal "
+                "language model with an active late prompt: other heads read what they read. Leave "
+                "it out."
+            )
+
+    def run(self, *args, **kwargs):
+        """The backbone's forward. Arguments and output are those of the backbone's class.
+
+        In a call of the whole model with `cached_hidden`, what layers 1..k would give is taken from
+        there; everything above is the same.
+        """
+        backbone, family = self.backbone, self.family
+        call = self.context.take()
+        if kwargs.get(cached.CACHED) is not None:
+            raise ValueError(
+                f"{type(backbone).__name__} got `{cached.CACHED}`, expected it in the call of the "
+                f"whole model, {type(self.root).__name__}. Call that."
+            )
+        config = self.active_config
+        forward = type(backbone).forward
+        if config is None:
+            return forward(backbone, *args, **kwargs)
+        names = parameter_names(forward)
+        kwargs.update(zip(names, args, strict=False))
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        return_dict = kwargs.pop("return_dict", getattr(backbone.config, "return_dict", True))
+        if call.cached is not None:
+            cached.check_outputs(backbone.config, kwargs)
+        wanted = self._capture(kwargs)
+        if self.training:
+            self._sync_modes(below=call.cached is None)
+
+        k, m = config.insertion_layer, config.num_virtual_tokens
+        inputs = {name: kwargs.pop(name) for name in _INPUTS if name in kwargs}
+        kwargs.pop(SHIFTED, None)
+        check_inputs(inputs, kwargs)
+        if takes_packed(self, call, inputs, kwargs):
+            output = run_call(self, call, inputs, kwargs)
+            return output if return_dict else output.to_tuple()
+        lower = cache = None
+        past = 0
+        if call.cached is not None:
+            hidden, inputs = cached.hidden_states(self, call.cached, k)
+            if family.causal:
+                kwargs.update(use_cache=False, past_key_values=None)
+        else:
+            cache, past = kv_cache(backbone, family, k, m, self.training, kwargs)
+            lower = run_lower(backbone, family, k, {**inputs, **kwargs, "return_dict": True})
+            hidden = lower.last_hidden_state  # [B, S, D]
+        kwargs["return_dict"] = True
+        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+        tokens = None if mask is None else mask.bool()
+        layout = PromptLayout.from_mask(tokens, m)
+        if past:
+            rows = hidden
+            positions = None if positions is None else positions + m
+        else:
+            readable = attended(tokens, *hidden.shape[:2], hidden.device)
+            if family.causal:
+                readable = self.context.of(readable, call, self.training)
+            generator = self.lpt_generator[self.active_adapters[0]]
+            rows = generator(hidden, tokens, readable)
+            positions = layout.extend_positions(positions, len(hidden))
+        upper = run_upper(
+            backbone,
+            family,
+            k,
+            rows,
+            layout,
+            training=self.training,
+            attention_mask=layout.extend_mask(mask),
+            position_ids=positions,
+            **kwargs,
+        )
+        strip = (lambda rows: rows) if past else layout.strip
+        output = self._assemble(lower, upper, strip, cache, wanted)
+        if call.readout is not None:
+            column = columns_of(call.readout, tokens)
+            at = torch.arange(len(column), device=column.device)
+            output["last_hidden_state"] = output.last_hidden_state[at, column][:, None]
+        return output if return_dict else output.to_tuple()
+
+    def _capture(self, kwargs: dict):
+        """Which hidden states are asked for: False, True or a selection of indices; asks the
+        halves for all.
+        """
+        wanted = kwargs.get("output_hidden_states", self.backbone.config.output_hidden_states)
+        if wanted is not None and wanted is not False:
+            kwargs["output_hidden_states"] = True
+        attentions = kwargs.get("output_attentions", self.backbone.config.output_attentions)
+        # The hooks go on the layers, which the halves share. Installed by each half, each would
+        # report twice.
+        known = (
+            hasattr(type(self.backbone), "_can_record_outputs") and maybe_install_capturing_hooks
+        )
+        if (wanted or attentions) and known:
+            maybe_install_capturing_hooks(self.backbone)
+        return wanted
+
+    def _assemble(self, lower, upper, strip, cache, wanted):
+        """The backbone's usual output from those of the two halves."""
+        fields = {f.name: upper.get(f.name) for f in dataclasses.fields(upper)}
+        last = strip(upper.last_hidden_state)
+        fields["last_hidden_state"] = last
+        pooler = getattr(self.backbone, self.family.pooler, None) if self.family.pooler else None
+        if pooler is not None:
+            fields["pooler_output"] = pooler(last)
+        if wanted is not None and wanted is not False:
+            states = (*lower.hidden_states, *(strip(rows) for rows in upper.hidden_states[1:]))
+            if wanted is not True:
+                chosen = {wanted} if isinstance(wanted, int) else set(wanted)
+                chosen = {i % len(states) for i in chosen}
+                states = tuple(s if i in chosen else None for i, s in enumerate(states))
+            fields["hidden_states"] = states
+        if fields.get("attentions") is not None:
+            # Maps of the upper layers have m more rows and columns: the prompt's.
+            fields["attentions"] = (*lower.attentions, *upper.attentions)
+        if "past_key_values" in fields and fields["past_key_values"] is not None:
+            fields["past_key_values"] = cache
+        return type(upper)(**fields)
+
+
+NO_MERGE = (
+    "A late prompt depends on the input and cannot be merged into the weights. Keep the adapter "
+    "(save_pretrained), or call unload() for the base model without it."
+)

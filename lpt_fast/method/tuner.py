@@ -1,0 +1,307 @@
+"""LPTModel: Late Prompt Tuning as a PEFT method (the tuner behind
+`get_peft_model(model, LPTConfig(...))`).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from contextlib import contextmanager
+from typing import ClassVar
+
+import torch
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TaskType
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from ..backbone.copies import LATE_PROMPT
+from ..backbone.families import (
+    Family,
+    find_backbone,
+    frozen_below,
+    get_layers,
+    head_modules,
+    is_causal_lm,
+)
+from .config import LPT, PREFIX, LPTConfig
+from .late_prompt import NO_MERGE, LatePrompt
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class LPTModel(BaseTuner):
+    """Adds late prompts to a Hugging Face model of a known family.
+
+    What it adapts is the backbone as a whole: a `LatePrompt` becomes its child and takes over its
+    forward. Heads and losses stay those of the Hugging Face model. Late prompts cannot be merged;
+    one adapter runs at a time.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = LatePrompt
+    target_module_mapping: ClassVar[dict] = {}
+
+    def forward(self, *args, **kwargs):
+        # By call and not by .forward(), which would pass by the hook that notes labels and context
+        # lengths.
+        return self.model(*args, **kwargs)
+
+    # -- injection ---------------------------------------------------------------------------------
+
+    def _prepare_adapter_config(self, peft_config: LPTConfig, model_config) -> LPTConfig:
+        """Fills in what depends on the model and checks it, before anything is changed."""
+        name, backbone, family = find_backbone(self.model)
+        depth = len(get_layers(backbone, family))
+        k = peft_config.insertion_layer
+        if depth < 2:
+            raise ValueError(
+                "Late Prompt Tuning needs a model of at least 2 layers to insert a prompt between, "
+                f"got {depth}."
+            )
+        if k is None:
+            peft_config.insertion_layer = k = depth // 2
+        if not 1 <= k <= depth - 1:
+            raise ValueError(
+                f"`insertion_layer` must be between 1 and {depth - 1} for this model of {depth} "
+                f"layers, got {k}."
+            )
+        layers = f"{name}.{family.layers}" if name else family.layers
+        peft_config.target_modules = {f"{layers}.{k}"}
+        heads = head_modules(self.model, name, backbone, family)
+        if heads:
+            self._take_labels(peft_config)
+            if peft_config.train_head:
+                chosen = list(peft_config.modules_to_save or [])
+                peft_config.modules_to_save = [*chosen, *(h for h in heads if h not in chosen)]
+        self._check_trainable(peft_config, backbone, family)
+        return peft_config
+
+    def _check_trainable(self, peft_config: LPTConfig, backbone: nn.Module, family: Family) -> None:
+        """Refuses modules_to_save at or below the insertion, which no gradient ever reaches."""
+        below = set()
+        for part in frozen_below(backbone, family, peft_config.insertion_layer):
+            below.update(part.modules())
+        for wanted in peft_config.modules_to_save or ():
+            for name, module in self.model.named_modules():
+                if name.endswith(wanted) and module in below:
+                    raise ValueError(
+                        f"`modules_to_save` names {wanted!r}, which matches {name}: it lies at or "
+                        f"below insertion_layer={peft_config.insertion_layer}, where nothing "
+                        "trains. Leave it out, or use another method for it."
+                    )
+
+    def _take_labels(self, peft_config: LPTConfig) -> None:
+        """Keeps the model's labels with the adapter, unless the adapter brings its own."""
+        existing = getattr(getattr(self.model, "config", None), "id2label", None)
+        late = self._late_prompt()
+        if late is not None:  # the base model's labels, not the active adapter's
+            existing = (late.base_labels or (None, existing))[1]
+        if peft_config.num_labels is None and existing is not None:
+            peft_config.num_labels = len(existing)
+        if peft_config.id2label is None and existing and len(existing) == peft_config.num_labels:
+            peft_config.id2label = dict(existing)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: LPTConfig, key: str) -> bool:
+        return key in peft_config.target_modules
+
+    def _check_target_module_compatiblity(self, peft_config, model, target_name) -> None:
+        """PEFT's check is about linear layers of state space models."""
+
+    def _late_prompt(self) -> LatePrompt | None:
+        _, backbone, _ = find_backbone(self.model)
+        return backbone._modules.get(LATE_PROMPT)
+
+    def _create_and_replace(
+        self,
+        peft_config,
+        adapter_name,
+        target,
+        target_name,
+        parent,
+        current_key,
+        parameter_name=None,
+    ) -> None:
+        """`target` is the first layer above the insertion; what is added belongs to the backbone
+        around it.
+        """
+        late = self._late_prompt()
+        if late is None:
+            _, backbone, family = find_backbone(self.model)
+            causal_lm = family.causal and is_causal_lm(self.model)
+            late = LatePrompt(self.model, backbone, family, causal_lm)
+            late.attach()
+            late.train(backbone.training)
+        late.add_generator(adapter_name, peft_config, peft_config.inference_mode)
+        if adapter_name not in self.active_adapters:
+            # PEFT adds adapters switched off; nn.Parameter is born trainable.
+            late.lpt_generator[adapter_name].requires_grad_(False)
+
+    def inject_adapter(
+        self,
+        model,
+        adapter_name,
+        autocast_adapter_dtype=True,
+        low_cpu_mem_usage=False,
+        state_dict=None,
+    ) -> None:
+        # What depends on the model is filled into the config. One config object may serve several
+        # models and adapters, so each gets a copy.
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        # Where the prompt goes follows from the config alone; a state dict has nothing to add.
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        self._fit_head(adapter_name)
+        if adapter_name in self.active_adapters:
+            self._late_prompt()._sync()
+
+    def _fit_head(self, adapter_name: str) -> None:
+        """Gives the adapter's copy of the head as many outputs as the adapter has labels.
+
+        `AutoPeftModelForSequenceClassification` builds the base model with two labels before it
+        looks at the adapter.
+        """
+        config = self.peft_config[adapter_name]
+        wanted, base = config.num_labels, (self._late_prompt().base_labels or (None,))[0]
+        if wanted is None or wanted == base or config.task_type == TaskType.QUESTION_ANS:
+            return
+        std = getattr(self.model.config, "initializer_range", 0.02)
+        for wrapper in self.model.modules():
+            if not (
+                isinstance(wrapper, ModulesToSaveWrapper)
+                and adapter_name in wrapper.modules_to_save
+            ):
+                continue
+            head = wrapper.modules_to_save[adapter_name]
+            for name, module in list(head.named_modules()):
+                if not (isinstance(module, nn.Linear) and module.out_features == base):
+                    continue
+                weight = module.weight
+                linear = nn.Linear(
+                    module.in_features,
+                    wanted,
+                    bias=module.bias is not None,
+                    device=weight.device,
+                    dtype=weight.dtype,
+                )
+                if not weight.is_meta:
+                    nn.init.normal_(linear.weight, std=std)
+                    if linear.bias is not None:
+                        nn.init.zeros_(linear.bias)
+                linear.requires_grad_(weight.requires_grad)
+                if name == "":
+                    wrapper.modules_to_save[adapter_name] = linear
+                else:
+                    head.set_submodule(name, linear)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """fp32 masters for the generator and for the head: in half precision small steps would
+        be lost.
+        """
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            return
+        for wrapper in self.model.modules():
+            if (
+                isinstance(wrapper, ModulesToSaveWrapper)
+                and adapter_name in wrapper.modules_to_save
+            ):
+                head = wrapper.modules_to_save[adapter_name]
+                if any(p.dtype in _HALF for p in head.parameters()):
+                    head.to(torch.float32)
+                    head.register_forward_pre_hook(_cast_to_head)
+
+    # -- what does not work with late prompts ------------------------------------------------------
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(NO_MERGE)
+
+    def unmerge_adapter(self) -> None:
+        raise ValueError(NO_MERGE)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "Late Prompt Tuning got `adapter_names`: adapters differ in layer and number of "
+                "prompt rows, so one batch runs one adapter. Use set_adapter() and a batch for "
+                "each."
+            )
+        yield
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+    # -- leaving -----------------------------------------------------------------------------------
+
+    def _unload_and_optionally_merge(
+        self, merge=True, progressbar=False, safe_merge=False, adapter_names=None
+    ) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
+        late = self._late_prompt()
+        if late is not None:
+            late.detach()
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper):
+                # PEFT would leave the trained head behind. Without the prompt it is worth nothing,
+                # so the base model gets back its own.
+                self.model.set_submodule(name, module.original_module)
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return self.model
+
+    def fold_adapter(self, adapter_name: str = "default") -> None:
+        """Turns a trained `residual` adapter into the `static` one that gives the same prompt.
+
+        Args:
+            adapter_name: which adapter.
+
+        Raises:
+            ValueError: when its generator is not `residual`.
+        """
+        late = self._late_prompt()
+        if adapter_name not in late.lpt_generator:
+            raise ValueError(
+                f"There is no adapter {adapter_name!r} to fold, only {sorted(late.lpt_generator)}."
+            )
+        config = self.peft_config[adapter_name]
+        if config.generator != "residual":
+            raise ValueError(
+                f"Only a 'residual' generator folds to a static prompt; adapter {adapter_name!r} "
+                f"has {config.generator!r}."
+            )
+        old = late.lpt_generator[adapter_name]
+        trains = any(p.requires_grad for p in old.parameters())
+        late.lpt_generator[adapter_name] = old.fold().requires_grad_(trains)
+        config.generator = "static"
+
+    # -- files -------------------------------------------------------------------------------------
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """`...lpt_generator.<adapter>.proj_down.weight` -> `...lpt_generator.proj_down.weight`.
+
+        PEFT's own rule takes the name from the second to last place of the key; a generator is a
+        module with parameters deeper than that.
+        """
+        return re.sub(rf"(\.{PREFIX}generator)\.{re.escape(adapter_name)}\.", r"\1.", key, count=1)
+
+
+def _cast_to_head(module: nn.Module, args: tuple) -> tuple:
+    dtype = next(module.parameters()).dtype
+    return tuple(a.to(dtype) if torch.is_tensor(a) and a.is_floating_point() else a for a in args)
+
+
+def register() -> None:
+    """Makes PEFT know the method. `peft.utils.register_peft_method` refuses: its enum of methods
+    is closed.
+    """
+    PEFT_TYPE_TO_CONFIG_MAPPING[LPT] = LPTConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[LPT] = LPTModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[LPT] = PREFIX

@@ -1,0 +1,10 @@
+"""Layers k+1..L without padding: plain arguments in, rows out.
+
+stack.py       runs the layers, says why a model cannot     plan.py        which row is whose
+blocks.py      a layer of each family                       attention.py   within texts
+ops.py         norms, activations, gated forms              last_layer.py  one token a text
+held.py        projections that somebody holds
+graphs.py      CUDA graphs by token bucket                  graph_passes.py  one captured pass
+
+Knows backbone and insertion: no LatePrompt, no Trainer, no files.
+"""

@@ -1,0 +1,44 @@
+"""Queries, keys and values of text rows in the first layer above the insertion, where somebody
+holds them: a step looks them up instead of computing them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .attention import autocast_dtype
+from .plan import Plan
+
+
+@dataclass(frozen=True)
+class HeldRows:
+    """What is held of the texts of a batch.
+
+    Attributes:
+        tables: queries, keys and values of all texts that are held, [T, H d], [T, Hk d], [T, Hk d].
+        begins: int64 [B], where in them each text of the batch begins.
+        kind: in what it was computed (`kind_of`).
+    """
+
+    tables: tuple[Tensor, ...]
+    begins: Tensor
+    kind: tuple
+
+    def fits(self, rows: Tensor, m: int) -> bool:
+        """Whether layer k+1 would make the same of these rows [N, D], with m prompt rows a text."""
+        return self.kind == kind_of(rows, m)
+
+    def take(self, plan: Plan) -> list[Tensor]:
+        """[N, ...] each, in fresh memory; at prompt rows anything."""
+        shift = self.begins - plan.starts - plan.m
+        index = torch.arange(plan.rows) + shift.repeat_interleave(plan.lengths)
+        index.clamp_(min=0)  # (The prompt of the first text would stand before the table.)
+        return [table.index_select(0, index) for table in self.tables]
+
+
+def kind_of(rows: Tensor, m: int) -> tuple:
+    """Rotary positions of a text are moved up by its prompt, so m counts too."""
+    return rows.device, rows.dtype, autocast_dtype(rows), m

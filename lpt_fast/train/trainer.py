@@ -1,0 +1,499 @@
+"""LPTTrainer: the Hugging Face Trainer, with the frozen layers' outputs from a cache."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import Trainer
+from transformers.utils import is_datasets_available
+from transformers.utils.generic import find_labels
+
+from ..cache import ActivationCache
+from ..cache.errors import CacheBusyError
+from ..cache.rows import TextRules
+from ..method.cached_call import CACHED, layer_dtype
+from ..method.context import parameter_names
+from ..method.late_prompt import LatePrompt
+from ..method.readout import READOUT
+from ..packed.graphs import UpperGraphs
+from ..packing import PackedBatch
+from .cached_dataset import TEXT, CachedDataset, PendingBatch, ReadAhead, TextsOf
+from .collators import IGNORED, CachedCollator, LabelRules, WithReadout
+from .exact_resume import CountedTraining
+from .projections import Projections, hold
+
+logger = logging.getLogger(__name__)
+
+BUILD_WAIT = 24 * 3600.0  # seconds; another run that fills the same cache saves us the work
+REMEMBERED = 8  # data sets whose rows are known without asking again
+# Heads whose logits are [B, S, V] and that take `readout`.
+_READABLE = ("ForMaskedLM", "ForCausalLM", "LMHeadModel")
+
+
+class LPTTrainer(CountedTraining, Trainer):
+    """Trains a model with a late prompt, from its text or from a cache of its frozen layers.
+
+    With `activation_cache`, layers 1..k run once for each text of the training and evaluation data
+    that the cache does not hold yet, and never again. All else is Trainer's: arguments, order of
+    the examples, collator, callbacks, checkpoints. The examples have to be tokenised text; the
+    collator is called on them as ever, and its text is replaced.
+
+    Example:
+        trainer = LPTTrainer(model, args, train_dataset=rows, activation_cache="cache")
+        trainer.train()
+
+    Args:
+        model, args, more, named: those of `transformers.Trainer`, in its order.
+        activation_cache: folder of caches (see `ActivationCache.open`; made where there is none),
+            or an open ActivationCache, which says the store, the tier and the like. None: from
+            the text.
+        upper: how layers k+1..L run, "auto", "packed" or "padded"; None: as the adapter says.
+        cuda_graphs: whether the packed layers of a training step run as CUDA graphs, one for each
+            token bucket (graphs.py). None: on an NVIDIA GPU, in a single process; what cannot run
+            so runs as ever. True: also in each of several processes.
+        hold_projections: on the CPU with a cache, training holds what the first layer above the
+            insertion projects the training texts to (projections.py). None: in a single process
+            without dataloader_num_workers, where it takes at most a tenth of the memory and half
+            of what is free; True: whatever it takes; False: not.
+        readout_only: language models whose examples have one label each: predictions are the logits
+            of that token alone, [B, 1, V], and label_ids that label, [B, 1].
+
+    Raises:
+        ValueError: for a model without a late prompt, and for arguments that do not go together.
+        CacheError: from `train`, `evaluate` and `predict`, as of `ActivationCache.ensure`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args=None,
+        *more,
+        activation_cache: str | Path | ActivationCache | None = None,
+        upper: str | None = None,
+        cuda_graphs: bool | None = None,
+        hold_projections: bool | None = None,
+        readout_only: bool = False,
+        **named,
+    ):
+        known = (str, Path, ActivationCache, type(None))
+        if not isinstance(activation_cache, known):
+            raise ValueError(
+                f"`activation_cache` is a {type(activation_cache).__name__}, expected a folder or "
+                "an ActivationCache; ActivationCache.open(folder, model) gives one."
+            )
+        self.activation_cache = activation_cache
+        self._upper, self._cuda_graphs = upper, cuda_graphs
+        self.hold_projections, self.readout_only = hold_projections, readout_only
+        self._ahead = ReadAhead()
+        self._holding: CachedCollator | None = None
+        self._filters = False
+        self._forget_rows()
+        if model is not None:
+            self._prepare_model(model)
+        super().__init__(model, args, *more, **named)
+        if self.args.label_names is None:
+            base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+            self.label_names = find_labels(type(base))
+        self._check_arguments()
+
+    def _check_arguments(self) -> None:
+        args = self.args
+        if self._cuda_graphs and args.device.type != "cuda":
+            raise ValueError(
+                f"`cuda_graphs` is True and the model trains on {args.device.type!r}, expected a "
+                "CUDA device; leave it out."
+            )
+        if self._cuda_graphs and (args.n_gpu > 1 or self.is_fsdp_enabled):
+            got = "FSDP" if self.is_fsdp_enabled else f"{args.n_gpu} GPUs in one process"
+            raise ValueError(
+                f"`cuda_graphs` is True with {got}, expected a GPU for each process and whole "
+                "weights in each; leave it out."
+            )
+        if self.readout_only and not self._reads_one_token():
+            raise ValueError(
+                f"`readout_only` is True for {type(self._late_prompt.root).__name__}, expected a "
+                "masked or causal language model without label smoothing and without a loss "
+                "function of one's own; leave it out."
+            )
+        if self.activation_cache is None:
+            if self.hold_projections:
+                raise ValueError(
+                    "`hold_projections` is True without `activation_cache`, expected both or none: "
+                    "they are of rows that a cache has. Give a cache, or leave it out."
+                )
+            return
+        for name in ("bf16_full_eval", "fp16_full_eval", "neftune_noise_alpha"):
+            value = getattr(args, name, None)
+            if value:
+                raise ValueError(
+                    f"`{name}` is {value!r} together with `activation_cache`, expected neither or "
+                    "one of them: it changes what the frozen layers give. Leave one out."
+                )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"`activation_cache` got {args.n_gpu} GPUs in one process, expected one: "
+                "DataParallel cannot divide packed batches. Start with torchrun, a process for "
+                "each GPU."
+            )
+
+    # -- the model ---------------------------------------------------------------------------------
+
+    def _prepare_model(self, model: nn.Module) -> None:
+        late = find_late_prompt(model)
+        if self._upper is not None:
+            late.upper = self._upper
+        self._late_prompt = late
+
+    def call_model_init(self, trial=None):
+        model = super().call_model_init(trial)
+        self._prepare_model(model)
+        self._forget_rows()  # which may have been another model's
+        return model
+
+    def _reads_one_token(self) -> bool:
+        """Whether `readout` leaves the loss what it is."""
+        late = self._late_prompt
+        names = [cls.__name__ for cls in type(late.root).__mro__]
+        return (
+            any(name.endswith(_READABLE) for name in names)
+            and not late.family.bias_owner
+            and late.active_config is not None
+            and self.label_smoother is None
+            and self.compute_loss_func is None
+            # Somebody's own loss wants the logits that it knows.
+            and not self._has_own_loss()
+        )
+
+    def _has_own_loss(self) -> bool:
+        stock = (Trainer.compute_loss, CountedTraining.compute_loss)
+        return type(self).compute_loss not in stock
+
+    def _label_rules(self) -> LabelRules:
+        late = self._late_prompt
+        names = [cls.__name__ for cls in type(late.root).__mro__]
+        per_token = ("ForTokenClassification", "ForPreTraining", *_READABLE)
+        return LabelRules(
+            names=tuple(self.label_names),
+            token_level=any(name.endswith(per_token) for name in names),
+            places=any(name.endswith("ForQuestionAnswering") for name in names),
+            readout=self._reads_one_token(),
+            causal=late.causal_lm,
+        )
+
+    # -- columns -----------------------------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            more = ["context_lengths"]  # which the late prompt takes out of the call
+            if "kwargs" in self._signature_columns:
+                # Somebody's own head that hands on what it does not name.
+                named = parameter_names(type(self._late_prompt.backbone).forward)
+                more += [name for name in ("position_ids", "token_type_ids") if name in named]
+            self._signature_columns += more
+
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        if isinstance(data_collator, CachedCollator):
+            return data_collator  # the one inside it has removed them
+        return super()._get_collator_with_removed_columns(data_collator, description)
+
+    # -- rows --------------------------------------------------------------------------------------
+
+    def _forget_rows(self) -> None:
+        self._caches: dict[int, ActivationCache] = {}
+        self._rows: list[tuple] = []
+
+    def open_cache(self) -> ActivationCache | None:
+        """The cache of the model's active adapter; None where there is none."""
+        given = self.activation_cache
+        if given is None or isinstance(given, ActivationCache):
+            return given
+        layer = self._late_prompt.active_config.insertion_layer
+        if layer not in self._caches:
+            self._caches[layer] = ActivationCache.open(given, self.model)
+        return self._caches[layer]
+
+    def _keys_of(self, dataset, kept) -> tuple[ActivationCache, np.ndarray]:
+        """Fills the cache with the rows of a data set, once.
+
+        Args:
+            dataset: as it was given.
+            kept: its examples without the columns that the model is not given.
+
+        Returns:
+            The cache, and the keys uint64 [N, 2].
+        """
+        if self._late_prompt.active_config is None:
+            raise ValueError(
+                "`activation_cache` was given and no late prompt is active, expected one: the base "
+                "model needs the text. Enable the adapter, or leave the cache out."
+            )
+        cache = self.open_cache()
+        for known, size, owner, keys in self._rows:
+            if known is dataset and size == len(dataset) and owner is cache:
+                return cache, keys
+        names = TEXT
+        if self.args.remove_unused_columns:
+            self._set_signature_columns_if_needed()
+            names = [name for name in TEXT if name in self._signature_columns]
+        texts = TextsOf(kept, names) if hasattr(kept, "__len__") else kept
+        layer = self._late_prompt.active_config.insertion_layer
+        how = {
+            "insertion_layer": layer,
+            "progress": not self.args.disable_tqdm and self.is_local_process_zero(),
+        }
+        try:
+            rows = cache.ensure(self.model, texts, **how)
+        except CacheBusyError as error:
+            logger.info("%s Waiting for it.", error)
+            rows = cache.ensure(self.model, texts, **how, wait=BUILD_WAIT)
+        keys = cache.table.key[rows]
+        self._rows = [*self._rows[1 - REMEMBERED :], (dataset, len(dataset), cache, keys)]
+        return cache, keys
+
+    # -- DataLoaders -------------------------------------------------------------------------------
+
+    def get_train_dataloader(self):
+        """As Trainer's. Rows that the cache lacks are computed here, in training also those of the
+        evaluation data.
+
+        Raises:
+            ValueError: for data without labels.
+            CacheError: for text that the model does not take.
+        """
+        if self.train_dataset is not None:
+            self._check_labels()
+        loader = super().get_train_dataloader()
+        evaluates = self.args.eval_strategy != "no" or self.args.eval_on_start
+        if self.activation_cache is not None and self.is_in_train and evaluates:
+            # Now and not after the first epoch: wrong text is said before anything is trained.
+            given = self.eval_dataset
+            for dataset in given.values() if isinstance(given, dict) else [given]:
+                if dataset is not None:
+                    self._keys_of(dataset, self._kept(dataset, "Evaluation"))
+        return loader
+
+    def _kept(self, dataset, description: str):
+        if is_datasets_available():
+            import datasets
+
+            if isinstance(dataset, datasets.Dataset):
+                return self._remove_unused_columns(dataset, description=description)
+        return dataset
+
+    def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, *args, **kwargs):
+        own = self.data_collator
+        if self.activation_cache is None:
+            if self._reads_one_token():
+                self.data_collator = WithReadout(own, self._late_prompt.causal_lm)
+        else:
+            kept = self._kept(dataset, description)
+            collator = own
+            if kept is dataset:  # no data set that removed them by itself
+                collator = self._get_collator_with_removed_columns(own, description)
+            cache, keys = self._keys_of(dataset, kept)
+            self.data_collator = self._cached_collator(collator, cache)
+            if description == "Training" and self.is_in_train:
+                self._let_go()
+                self._holding = self.data_collator
+                self._holding.projections = self._projections(cache, keys)
+            dataset = CachedDataset(kept, keys)
+            if sampler_fn is not None:
+                # Samplers see the data set that they would see, so the order is that of the text.
+                choose, sampler_fn = sampler_fn, lambda _: choose(kept)
+        try:
+            return super()._get_dataloader(
+                dataset, description, batch_size, sampler_fn, *args, **kwargs
+            )
+        finally:
+            self.data_collator = own
+
+    def _cached_collator(self, collator, cache: ActivationCache) -> CachedCollator:
+        late = self._late_prompt
+        config = late.active_config
+        dtype = layer_dtype(late, config.insertion_layer)
+        how = {"room": config.num_virtual_tokens, "dtype": dtype}
+        text = TextRules.of(late.backbone, late.family)
+        return CachedCollator(collator, cache, self._ahead, text, self._label_rules(), how)
+
+    def _projections(self, cache: ActivationCache, keys: np.ndarray) -> Projections | None:
+        """Of the training texts, where they are wanted and there is room.
+
+        Raises:
+            ValueError: they were asked for and cannot be held.
+        """
+        self.model.train()  # as the loop will: dropout that is active counts
+        with self.accelerator.autocast():  # as around the model in each step
+            return hold(self._late_prompt, cache, keys, self.args, self.hold_projections)
+
+    def _let_go(self) -> None:
+        """Projections serve one training; its DataLoader outlives it."""
+        if self._holding is not None:
+            self._holding.projections = None
+        self._holding = None
+
+    def _check_labels(self) -> None:
+        """Raises ValueError where the model would give no loss, before any row is computed."""
+        if self.compute_loss_func is not None or self._has_own_loss() or not self.label_names:
+            return
+        dataset = self.train_dataset
+        if not hasattr(dataset, "__getitem__") or len(dataset) == 0:
+            return
+        names = {*self.label_names, "label", "label_ids"}
+        with torch.random.fork_rng(devices=[]):  # these may draw; the order stays Trainer's
+            example = dataset[0]
+            if not isinstance(example, Mapping) or names & set(example):
+                return
+            made = self._get_collator_with_removed_columns(self.data_collator)([example])
+        if isinstance(made, Mapping) and not names & set(made):
+            raise ValueError(
+                f"The training data has the columns {sorted(example)} and no labels, "
+                f"expected {' or '.join(f'`{name}`' for name in self.label_names)}; add them, or "
+                "give a data collator that makes them."
+            )
+
+    # -- loops -------------------------------------------------------------------------------------
+
+    def train(self, *args, **kwargs):
+        """As Trainer's."""
+        try:
+            with self._ahead.running():
+                return super().train(*args, **kwargs)
+        finally:
+            self._filter_again()
+            self._let_go()
+
+    def _inner_training_loop(self, *args, **kwargs):
+        # Here the model is the one that trains, also in a search of hyperparameters. Graphs go with
+        # the training, for they hold memory.
+        late = self._late_prompt
+        own = late.graphs is None and self._takes_graphs()
+        if own:
+            late.graphs = UpperGraphs(late)
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            if own:
+                logger.info(
+                    "%d batches ran by %d CUDA graphs.", late.graphs.replayed, len(late.graphs)
+                )
+                late.graphs = None
+
+    def _takes_graphs(self) -> bool:
+        args = self.args
+        if self._cuda_graphs is not None:
+            return self._cuda_graphs
+        # (Seen on NVIDIA's GPUs alone. FSDP and DeepSpeed run several processes too, mostly.)
+        usual = args.device.type == "cuda" and torch.version.hip is None
+        single = args.world_size == 1 and args.n_gpu <= 1
+        return usual and single and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def evaluation_loop(self, *args, **kwargs):
+        """As Trainer's."""
+        with self._ahead.running():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def _prepare_inputs(self, inputs):
+        batch = inputs.get(CACHED)
+        if isinstance(batch, PendingBatch):
+            inputs = {**inputs, CACHED: batch.result()}
+        return super()._prepare_inputs(inputs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """As Trainer's; with `readout_only` logits [B, 1, V] and labels [B, 1].
+
+        Raises:
+            ValueError: with `readout_only`, a text with no label or several.
+        """
+        given = inputs
+        if self.readout_only and READOUT not in inputs and inputs.get("labels") is not None:
+            raise ValueError(
+                "`readout_only` is True and a text of the batch has not exactly one label other "
+                f"than {IGNORED}, expected one each; leave readout_only out."
+            )
+        if not (prediction_loss_only or self.readout_only):
+            inputs = {name: value for name, value in inputs.items() if name != READOUT}
+        loss, logits, labels = super().prediction_step(
+            model, inputs, prediction_loss_only, ignore_keys
+        )
+        if self.readout_only and isinstance(labels, torch.Tensor):
+            labels = labels.amax(1, keepdim=True)  # the one above -100
+        if "inputs" in self.args.include_for_metrics and CACHED in given:
+            # Trainer takes them from this very mapping when the step is done.
+            batch = self._prepare_inputs({CACHED: given[CACHED]})[CACHED]
+            given[self._main_input] = batch.pad(batch.input_ids, self._pad_token)
+        return loss, logits, labels
+
+    # -- Trainer's numbers, which it takes from input_ids ------------------------------------------
+
+    @property
+    def _main_input(self) -> str:
+        return getattr(self.model, "main_input_name", "input_ids")
+
+    @property
+    def _pad_token(self) -> int:
+        own = getattr(self.processing_class, "pad_token_id", None)
+        return own if own is not None else getattr(self.model.config, "pad_token_id", None) or 0
+
+    def _sizes(self, inputs) -> dict:
+        """Stand-ins for the text of a batch, of which nothing but the size is looked at."""
+        batch = inputs.get(CACHED)
+        if not isinstance(batch, PackedBatch | PendingBatch):
+            return inputs
+        lengths = torch.as_tensor(batch.lengths)
+        mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+        return {self._main_input: torch.empty(mask.shape, device="meta"), "attention_mask": mask}
+
+    # -- losses that are no numbers ----------------------------------------------------------------
+
+    def training_step(self, *args, **kwargs):
+        """As Trainer's. Of a loss that is NaN or infinite it adds the mean of those before to the
+        logged sum (`logging_nan_inf_filter`), and waits for the GPU in each step to see whether it
+        is. Here that is chosen on the device, and the Trainer does not look.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if not self.args.logging_nan_inf_filter:
+            return loss
+        steps = 1 + self.state.global_step - self._globalstep_last_logged
+        self.args.logging_nan_inf_filter, self._filters = False, True
+        return torch.where(torch.isfinite(loss), loss, self._tr_loss / steps)
+
+    def _filter_again(self) -> None:
+        """When the Trainer has added the loss: evaluation and checkpoints see the argument as it
+        was given.
+        """
+        if self._filters:
+            self.args.logging_nan_inf_filter, self._filters = True, False
+
+    def floating_point_ops(self, inputs) -> int:
+        """As Trainer's, which counts all layers for all tokens and padding, cached or not."""
+        self._filter_again()  # (it is what the loop asks for next)
+        return super().floating_point_ops(self._sizes(inputs))
+
+    def _track_num_input_tokens(self, inputs) -> None:
+        if self.args.include_num_input_tokens_seen != "no":
+            super()._track_num_input_tokens(self._sizes(inputs))
+
+
+def find_late_prompt(model: nn.Module) -> LatePrompt:
+    """The late prompt of a model, whatever is wrapped around it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    late = next((m for m in modules if isinstance(m, LatePrompt)), None)
+    if late is None:
+        methods = sorted({str(c.peft_type) for c in getattr(model, "peft_config", {}).values()})
+        with_ = f" with {', '.join(methods)}" if methods else ""
+        raise ValueError(
+            f"LPTTrainer got a {type(model).__name__}{with_}, expected one with a late prompt, "
+            "get_peft_model(model, LPTConfig(...)); transformers.Trainer trains the others."
+        )
+    return late
