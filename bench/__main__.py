@@ -9,7 +9,13 @@ import importlib
 
 import typer
 
-from . import accuracy, cache, cache_accuracy, cache_quantize, train, train_accuracy, train_plot
+from .accuracy import main as accuracy
+from .cache import accuracy as cache_accuracy
+from .cache import main as cache
+from .cache import quantize as cache_quantize
+from .train import accuracy as train_accuracy
+from .train import main as train
+from .train import plot as train_plot
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.command(name="accuracy")(accuracy.main)
@@ -21,14 +27,20 @@ app.command(name="train")(train.main)
 app.command(name="train-accuracy")(train_accuracy.main)
 app.command(name="train-plot")(train_plot.main)
 
-# Programs of their own, which also run where typer is not installed (`python -m bench.kernels`);
-# they read their options themselves.
+# Programs of their own, which also run where typer is not installed
+# (`python -m bench.kernels.main`); they read their options themselves.
 PROGRAMS = {
-    "kernels": ("kernels", "Time the kernels beside PyTorch and torch.compile."),
-    "plot": ("plot", "Draw PNGs from a results file of `kernels`."),
-    "report": ("report", "Print a results file of `kernels` as Markdown, with the targets."),
-    "forecast": ("forecast", "What kernels should take on an H100 or H200, beside what they took."),
-    "profile": ("profiling", "Where the time of an insertion goes, kernel by kernel."),
+    "kernels": ("kernels.main", "Time the kernels beside PyTorch and torch.compile."),
+    "plot": ("kernels.plot", "Draw PNGs from a results file of `kernels`."),
+    "report": (
+        "kernels.report",
+        "Print a results file of `kernels` as Markdown, with targets.",
+    ),
+    "forecast": (
+        "kernels.forecast",
+        "What kernels should take on a GPU, beside what they took.",
+    ),
+    "profile": ("kernels.profiling", "Where the time of an insertion goes, kernel by kernel."),
     "lengths": ("shapes", "Print the token lengths of real texts that shapes are made of."),
 }
 

@@ -57,7 +57,7 @@ step env 40 bash -c 'nvidia-smi -L; nvidia-smi --query-gpu=driver_version,memory
 # Every operator in every dtype against float64, on a small shape, and those of the headline: in many processes, for most of the
 # time goes to Triton's compilations. Nothing is timed here; what is timed below finds its kernels compiled.
 check() {
-    local bench=("$python" -m bench.kernels --device $device --provider $providers --check-only "${quick[@]}")
+    local bench=("$python" -m bench.kernels.main --device $device --provider $providers --check-only "${quick[@]}")
     local groups=('insert_npg*,insert_static*' 'insert_appg*' 'insert_mppg*' 'insert_into_*,insert_padded_*' 'gather_*' '*norm*,gelu*,silu*,attention.*')
     for dtype in bf16 fp32 fp16; do
         for i in "${!groups[@]}"; do
@@ -79,7 +79,7 @@ TAIL=30 step check 110 bash -c "quick=(${quick[*]:-}); check"
 
 # Launch configurations of each kernel, one process for each compiling and then one timing.
 tune() {
-    local tuner=("$python" -m bench.tune_insert)
+    local tuner=("$python" -m bench.kernels.tune_insert)
     for part in $("${tuner[@]}" --list); do
         "${tuner[@]}" --part $part --compile >"$out/logs/tune_$part.txt" 2>&1 &
     done
@@ -90,29 +90,29 @@ export -f tune
 [ "$dry" = 1 ] || TAIL=90 step tune 170 bash -c tune
 
 # Operators beside a copy and eager PyTorch.
-bench=("$python" -m bench.kernels --device $device "${quick[@]}" --out "$out/kernels.jsonl")
+bench=("$python" -m bench.kernels.main --device $device "${quick[@]}" --out "$out/kernels.jsonl")
 TAIL=20 step kernels 90 "${bench[@]}" --provider $providers --limit 75 --seconds 0.2 --repeats 15 --shape $headline \
     --op 'copy,insert_npg.*,insert_appg.*,insert_mppg.*,insert_static.*,gather_plain.fwd,gelu.*,layer_norm.*,attention.*'
 
 # Training steps.
-TAIL=50 step train 150 "$python" -m bench.train_steps --device $device --out "$out/train.jsonl" --profiles "$out/logs" --host "$out/logs" \
+TAIL=50 step train 150 "$python" -m bench.train.steps --device $device --out "$out/train.jsonl" --profiles "$out/logs" --host "$out/logs" \
     ${SIZES:+--sizes $SIZES}
 
 # torch.compile last, for its compilations are slow.
 if [ "$dry" = 0 ]; then
     TAIL=16 step compile 90 "${bench[@]}" --provider compile,triton --limit 70 --seconds 0.2 --repeats 10 --shape $headline \
         --op 'insert_npg.fwd,insert_mppg.fwd,insert_appg.fwd,insert_npg.bwd_weights,insert_mppg.bwd_weights,insert_appg.bwd_weights'
-    step profile 40 "$python" -m bench.profiling --device cuda --out "$out/logs/profile_kernels.txt"
+    step profile 40 "$python" -m bench.kernels.profiling --device cuda --out "$out/logs/profile_kernels.txt"
     more=()
     "$python" -c 'import xdist' 2>/dev/null && more=(-n 16)
 else
-    step profile 40 "$python" -m bench.profiling --device cpu --steps 2 --out "$out/logs/profile_kernels.txt"
+    step profile 40 "$python" -m bench.kernels.profiling --device cpu --steps 2 --out "$out/logs/profile_kernels.txt"
     more=(--collect-only)
 fi
 # (Only files with tests for a GPU: others import what such a machine may lack.)
 mapfile -t tests < <(grep -rlE 'mark\.gpu|\bDEVICES\b' tests --include='test_*.py')
 TAIL=40 step tests 150 "$python" -m pytest -q -m gpu "${more[@]}" --tb=short -p no:cacheprovider -p no:benchmark -p bench.instafail tests/interpreter "${tests[@]}"
-TAIL=60 step report 20 "$python" -m bench.report --file "$out/kernels.jsonl"
+TAIL=60 step report 20 "$python" -m bench.kernels.report --file "$out/kernels.jsonl"
 tar czf "$out/logs.tar.gz" -C "$out" logs
 echo "== $((SECONDS - began)) s in all; files in $out"
 [ ${#failed[@]} = 0 ] || { echo "Parts that failed: ${failed[*]}"; exit 1; }

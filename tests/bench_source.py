@@ -10,7 +10,7 @@ import pytest
 from tiny import tiny
 from transformers import AutoTokenizer
 
-from bench.cache_data import Source
+from bench.data import Source
 
 TEXTS = ["a man goes home", "i think so , really", "who are you", "the film is long and dull"]
 

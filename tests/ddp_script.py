@@ -18,7 +18,7 @@ from peft import get_peft_model
 from tiny import VOCAB, tiny
 from transformers import TrainerCallback, TrainingArguments
 
-from bench.fault_worker import collate
+from bench.cluster.fault_worker import collate
 from lpt_fast import LPTConfig, LPTTrainer
 from lpt_fast.cache import ActivationCache
 from lpt_fast.train.cursor import WEIGHT

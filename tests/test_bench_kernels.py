@@ -15,8 +15,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import gate, gather_ops, kernels, registry, shapes, timing
+from bench import shapes, timing
 from bench.__main__ import app
+from bench.kernels import gate, gather_ops, registry
+from bench.kernels import main as kernels
 
 HERE = Path(__file__).parent
 DATA = HERE.parents[1] / "shared" / "data"
@@ -298,7 +300,15 @@ def test_needs_torch_alone(tmp_path):
 def test_the_kernels_pass_the_gate_in_the_interpreter():
     pytest.importorskip("triton")
     ops = "insert_mppg.bwd_hidden,insert_into_npg.fwd,gather_insert_int8_appg.fwd,rms_norm.fwd"
-    call = [sys.executable, "-m", "bench.kernels", "--device", "cpu", "--shape", "tiny-32-m2-mpqa"]
+    call = [
+        sys.executable,
+        "-m",
+        "bench.kernels.main",
+        "--device",
+        "cpu",
+        "--shape",
+        "tiny-32-m2-mpqa",
+    ]
     call += ["--check-only", "--dtype", "bf16", "--op", ops, "--provider", "triton"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     env["PYTHONPATH"] = os.pathsep.join([".", "kernels", env.get("PYTHONPATH", "")])

@@ -12,8 +12,8 @@ import typer
 from cli_cases import ROWS, write_tsv
 from typer.testing import CliRunner
 
-from bench import scaling, soak
-from bench.cache_data import Source, WrongResult
+from bench.cluster import scaling, soak
+from bench.data import Source, WrongResult
 from lpt_fast.cache import ActivationCache
 
 

@@ -18,16 +18,19 @@ from bench_source import small_source
 from tiny import tiny
 from typer.testing import CliRunner
 
-from bench import train_accuracy, train_memory, train_models, train_run
 from bench.__main__ import app
-from bench.cache_data import Figure, WrongResult
-from bench.train import TARGETS, payback, target_of
-from bench.train_accuracy import Limits, seconds_to, target_accuracy, train_curve
-from bench.train_data import Texts, drawn_texts, padding_ratio, plan_batches, real_texts
-from bench.train_flops import necessary_flops
-from bench.train_gate import errors
-from bench.train_models import GRAPHS, OURS, contestants_of
-from bench.train_plot import draw
+from bench.data import Figure, WrongResult
+from bench.train import accuracy as train_accuracy
+from bench.train import memory as train_memory
+from bench.train import models as train_models
+from bench.train import run as train_run
+from bench.train.accuracy import Limits, seconds_to, target_accuracy, train_curve
+from bench.train.data import Texts, drawn_texts, padding_ratio, plan_batches, real_texts
+from bench.train.flops import necessary_flops
+from bench.train.gate import errors
+from bench.train.models import GRAPHS, OURS, contestants_of
+from bench.train.plot import draw
+from bench.train.targets import TARGETS, payback, target_of
 from lpt_fast.cache.reader import RowReader
 from lpt_fast.cli.data import Collator
 from lpt_fast.method import packed_call as packed_forward
@@ -217,7 +220,7 @@ def test_without_peft(source, tmp_path, monkeypatch):
 
 def test_steps_in_one_process(tmp_path):
     """What bench/first_light.sh runs, as far as it goes without a GPU."""
-    from bench import train_steps
+    from bench.train import steps as train_steps
 
     out = tmp_path / "out.jsonl"
     options = ["--device", "cpu", "--out", str(out), "--host", str(tmp_path)]
@@ -233,7 +236,7 @@ def test_steps_in_one_process(tmp_path):
 
 
 def test_a_contestant_that_breaks_does_not_end_the_others(tmp_path, monkeypatch):
-    from bench import train_steps
+    from bench.train import steps as train_steps
 
     step = train_models.Contestant.step
 

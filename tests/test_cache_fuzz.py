@@ -1,4 +1,4 @@
-"""The fuzzer of bench/cache_fuzz.py, for a few seconds."""
+"""The fuzzer of bench/cache/fuzz.py, for a few seconds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from bench import cache_fuzz
+from bench.cache import fuzz as cache_fuzz
 
 
 @pytest.fixture

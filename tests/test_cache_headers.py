@@ -13,7 +13,7 @@ import pytest
 from cache_cases import files, fill, folder_of, forged, layout_of, rows_of, served, texts
 from test_cache_hostile import LACKING, opened_with, spelled, total
 
-from bench.cache_mutations import redigested, sealed_by
+from bench.cache.mutations import redigested, sealed_by
 from lpt_fast.cache import ActivationCache, CorruptCacheError
 from lpt_fast.cache.documents import write_document
 from lpt_fast.cache.folder import INDEX, Folder

@@ -1,4 +1,4 @@
-"""The fault campaign of bench/fault_campaign.py in its short form, and that it would see harm."""
+"""bench/cluster/fault_campaign.py in its short form, and that it would see harm."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from bench import fault_campaign, fault_pair
-from bench.fault_campaign import KINDS, Campaign, Fault, Outcome, campaign, planned, table
-from bench.fault_worker import TEXTS, Job, adapted, precompute
+from bench.cluster import fault_campaign, fault_pair
+from bench.cluster.fault_campaign import KINDS, Campaign, Fault, Outcome, campaign, planned, table
+from bench.cluster.fault_worker import TEXTS, Job, adapted, precompute
 from lpt_fast.cache import activation_cache
 
 

@@ -20,7 +20,7 @@ from ddp_script import fill, train
 from test_cache_ranks import as_rank
 from test_ddp_training import assert_close, free_port
 
-from bench.two_machines import NoMachines, descendants, end, enter, two_machines, until
+from bench.cluster.two_machines import NoMachines, descendants, end, enter, two_machines, until
 from lpt_fast.cache import ActivationCache, CacheError
 from lpt_fast.cache.folder import Folder
 from lpt_fast.cache.ranks import Ranks, deadline_seconds

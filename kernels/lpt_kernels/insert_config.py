@@ -117,7 +117,7 @@ def _narrow(config: Config, D: int) -> Config:
 
 
 def candidates(kernel: str, D: int) -> list[Config]:
-    """What LPT_AUTOTUNE=1 and bench/tune_insert.py try beside the default."""
+    """What LPT_AUTOTUNE=1 and bench/kernels/tune_insert.py try beside the default."""
     if kernel == "npg_down_fwd":
         found = [
             Config(t, d, w, s, BLOCK_R=32)
