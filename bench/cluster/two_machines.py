@@ -54,7 +54,7 @@ class Machines:
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
             "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
         }
         env = {**os.environ, **own, **{name: str(value) for name, value in variables.items()}}
         inside = ["ip", "netns", "exec", self.names[machine], *command]

@@ -7,17 +7,11 @@ largest element and for the root mean square.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from insertion_cases import KINDS, lengths_to_cu, make_hidden, make_weights
-
 from lpt_fast.insertion import insert_prompt, reference
+from tests.insertion.cases import KINDS, lengths_to_cu, make_hidden, make_weights
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = [F32, F16, BF16]

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from insert_rule import BF16, F16, F32, assert_rule, lengths_to_cu, normal, poisoned_memory
 from lpt_kernels import attention
 from lpt_kernels.attention import attend, takes
 from torch.nn import functional as F
+
+from tests.interpreter.insert_rule import (
+    BF16,
+    F16,
+    F32,
+    assert_rule,
+    lengths_to_cu,
+    normal,
+    poisoned_memory,
+)
 
 __all__ = ["poisoned_memory"]  # a fixture
 SHORT, LONG = (1, 5, 64, 17), (65, 3, 130)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from insert_rule import on_device
 from lpt_kernels import gather
 from lpt_kernels.gather import (
     BLOCK_B,
@@ -17,6 +16,8 @@ from lpt_kernels.gather import (
     source_rows_fwd_kernel,
 )
 from lpt_kernels.launch import record
+
+from tests.interpreter.insert_rule import on_device
 
 BF16, F16, F32, E4M3 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 TYPES = ["bf16", "fp16", "fp32", "int8", "fp8"]

