@@ -28,7 +28,8 @@ from transformers import (
 from lpt_fast import LPTConfig
 from lpt_fast.backbone.families import find_backbone, head_modules
 from lpt_fast.cache import ActivationCache
-from lpt_fast.cli.train import LEARNING_RATES, PROMPT_TUNING_TOKENS
+from lpt_fast.cli.model import PROMPT_TUNING_TOKENS
+from lpt_fast.cli.train import LEARNING_RATES
 from lpt_fast.packed.graphs import UpperGraphs
 from lpt_fast.train.projections import Projections
 from lpt_fast.train.trainer import find_late_prompt

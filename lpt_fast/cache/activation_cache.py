@@ -14,9 +14,11 @@ import torch
 from ..backbone.families import FAMILIES
 from ..packing import PackedBatch
 from . import canary as canaries
-from .build import Builder, BuildReport, BuildSettings, exact_sources
+from .build import Builder
+from .build_settings import BuildReport, BuildSettings
+from .choose import folder_of_model, name_of, only_folder, state_at
 from .errors import CacheError, MissingRowsError
-from .folder import MANIFEST, Folder, find_folders, folder_size
+from .folder import MANIFEST, Folder, folder_size
 from .forward import device_of
 from .guards import check_frozen
 from .identity import Identity, Place, cut, identity_of
@@ -26,6 +28,7 @@ from .planner import Plan, choose_tier
 from .reader import RowReader, check_mode, check_rows, take_over
 from .rows import DatasetKeys, TextRules, as_keys, read_keys
 from .shard import STORES
+from .sources import exact_sources
 from .state import State
 from .verify import VerifyReport, verify
 
@@ -137,25 +140,19 @@ class ActivationCache:
 
     def _bind_only(self, needed: bool) -> None:
         """Takes up the only cache of the folder that fits what was asked for."""
-        found = []
-        for path in find_folders(self.root) if self.root.is_dir() else []:
-            folder = Folder.read(path)
-            own = folder.identity
-            if (
+
+        def fits(own: Identity) -> bool:
+            return (
                 self._layer in (None, own.layer)
                 and self._store in (None, own.store)
                 and self._compute_dtype in (None, own.compute_dtype)
                 and own.digest.startswith(self._identity_asked or "")
                 and (self._wanted is None or self._wanted.at(store=own.store).digest == own.digest)
-            ):
-                found.append(folder)
-        if len(found) == 1:
-            self._bind(found[0])
-        elif found or needed:
-            raise CacheError(
-                f"{self.root} holds {len(found)} caches that fit, expected one "
-                f"({_listed(self.root)}); say which by model, insertion_layer, store or identity."
             )
+
+        folder = only_folder(self.root, fits, needed)
+        if folder is not None:
+            self._bind(folder)
 
     def _bind_to(self, place: Place) -> Identity:
         """Finds the cache of a model; without a store given, any of that model's does."""
@@ -166,38 +163,17 @@ class ActivationCache:
             own = wanted.at(store=self._identity.store)
             if own.digest != self._identity.digest:
                 raise CacheError(
-                    f"The cache is that of {_name(self._identity)}, expected of this model "
-                    f"({_name(own)}; weights, configuration, layer or dtype differ); open another "
-                    "cache for it, ActivationCache.open(path, model)."
+                    f"The cache is that of {name_of(self._identity)}, expected of this model "
+                    f"({name_of(own)}; weights, configuration, layer or dtype differ); open "
+                    "another cache for it, ActivationCache.open(path, model)."
                 )
             self._look(place)
             return self._identity
-        stores = (self._store,) if self._store else ("bf16", "fp32", "fp16", "int8c", "fp8")
-        asked = self._identity_asked or ""
-        stores = [s for s in stores if wanted.at(store=s).digest.startswith(asked)]
-        if not stores:
-            raise CacheError(
-                f"`identity` is {asked!r}, expected that of this model ({_name(wanted)}); leave it "
-                "out, or open the cache without a model."
-            )
-        for store in stores:
-            own = wanted.at(store=store)
-            for path in (self.root / own.folder, self.root):
-                if not (path / MANIFEST).exists():
-                    continue
-                folder = Folder.read(path)
-                if folder.identity.digest == own.digest:
-                    self._bind(folder, place)
-                    self._look(place)
-                    return own
-        if (self.root / MANIFEST).exists():
-            found = Folder.read(self.root).identity
-            raise CacheError(
-                f"The cache {self.root} is that of {_name(found)}, expected of this model "
-                f"({_name(wanted)}; weights, configuration, layer, dtype or store differ); open "
-                "the folder above it, which may hold several, or fill another."
-            )
-        return wanted.at(store=stores[0])
+        own, folder = folder_of_model(self.root, wanted, self._store, self._identity_asked or "")
+        if folder is not None:
+            self._bind(folder, place)
+            self._look(place)
+        return own
 
     def _bind(self, folder: Folder, place: Place | None = None) -> None:
         """Takes up a cache that is on disk."""
@@ -296,16 +272,7 @@ class ActivationCache:
                 identity = identity_of(place, store, self._compute_dtype)
                 state = None
             if state is None:
-                path = self.root / identity.folder
-                if (path / MANIFEST).exists():
-                    folder = Folder.read(path)
-                    if folder.identity.digest != identity.digest:
-                        raise CacheError(f"{path} holds another cache; take it away.")
-                else:
-                    folder = Folder(path, identity, _provenance(model, provenance))
-                state = State(folder)
-                if path.is_dir():
-                    state.load(adopt=False)
+                state = state_at(self.root, identity, partial(_provenance, model, provenance))
             targets.append(Target(place, state))
         sources = exact_sources(self.root, model, self._compute_dtype, [p.layer for p in places])
         report = Builder(targets, dataset, keys, rules, settings, sources).run()
@@ -553,21 +520,6 @@ def _reopened(root: Path, identity: str, tier: str, check: str) -> ActivationCac
 def _check_room(room: int) -> None:
     if isinstance(room, bool) or not isinstance(room, int) or room < 0:
         raise CacheError(f"`room` must be a whole number of at least 0, got {room!r}.")
-
-
-def _name(identity: Identity) -> str:
-    return (
-        f"{identity.content.get('backbone')} {identity.digest[:12]} at layer {identity.layer}, "
-        f"computed in {identity.compute_dtype}, kept as {identity.store}"
-    )
-
-
-def _listed(path: Path) -> str:
-    names = []
-    for folder in find_folders(path):
-        own = Folder.read(folder).identity
-        names.append(f"{own.digest[:12]}: layer {own.layer}, {own.store}")
-    return "; ".join(names) or "it holds none"
 
 
 def _provenance(model, more: dict[str, Any] | None) -> dict[str, Any]:

@@ -4,100 +4,28 @@ from __future__ import annotations
 
 import base64
 import secrets
-import shutil
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from . import planner, quantize
+from . import quantize
+from .build_settings import BuildReport, BuildSettings, check_room
 from .errors import CacheError
-from .folder import MANIFEST, Folder, ShardEntry, find_folders
-from .forward import Runner, batches_of, device_of
-from .identity import cut, identity_of
-from .index import KeyTable, RowTable
+from .folder import MANIFEST, Folder, ShardEntry
+from .forward import Runner, batches_of
+from .index import KeyTable
 from .lock import building, sigterm_as_exit
-from .plan import SHARD_BYTES, Target, bytes_needed, plan_shards, shard_tokens
+from .plan import Target, plan_shards, shard_tokens
 from .ranks import Ranks, wait_until
 from .reader import RowReader
 from .rows import DatasetKeys, Text, TextRules, to_text
-from .shard import QUANTISED, shard_name
-from .state import State
+from .shard import shard_name
 from .writer import FULL, CacheWriter
 
 CALIBRATION_TOKENS = 16384  # that an int8c store takes its channel scales from
-
-
-@dataclass(frozen=True)
-class BuildSettings:
-    """How a build works; none of it changes a row beyond rounding.
-
-    Attributes:
-        batch_tokens: tokens of a batch, padding counted; None: what suits the device.
-        shard_bytes: hidden states of a shard, at most.
-        max_bytes: most bytes that a cache may take on the disk; None: what is free.
-        wait: seconds to wait for another builder.
-        progress: show a progress bar.
-    """
-
-    batch_tokens: int | None = None
-    shard_bytes: int = SHARD_BYTES
-    max_bytes: int | None = None
-    wait: float = 0.0
-    progress: bool = False
-
-    def __post_init__(self):
-        for name in ("batch_tokens", "shard_bytes", "max_bytes"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not value >= 1):
-                raise CacheError(f"`{name}` must be at least 1, got {value!r}.")
-
-
-@dataclass
-class BuildReport:
-    """What a build did.
-
-    Attributes:
-        rows: texts of the data set.
-        unique: different ones among them.
-        computed: texts that ran through the model.
-        tokens: of those.
-        bytes: of hidden states written, over all cuts.
-        seconds: in all.
-        continued_from: the lower cut whose rows served as input, 0 for none.
-    """
-
-    rows: int = 0
-    unique: int = 0
-    computed: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    seconds: float = 0.0
-    continued_from: int = 0
-
-
-def check_room(targets: list[Target], keys: DatasetKeys, settings: BuildSettings) -> None:
-    """Raises CacheError before anything is computed where the rows would not fit."""
-    needed = [bytes_needed(target, keys, settings.shard_bytes) for target in targets]
-    root = targets[0].folder.path
-    free = shutil.disk_usage(root).free
-    if sum(needed) > free:
-        raise CacheError(
-            f"The missing rows need {sum(needed):,} bytes and {root} has {free:,} free, expected "
-            "room for all; make room, name another folder, or take a smaller store (bf16, int8c)."
-        )
-    if settings.max_bytes is not None:
-        for target, size in zip(targets, needed, strict=True):
-            held = sum(entry.bytes for entry in target.state.entries.values())
-            if held + size > settings.max_bytes:
-                raise CacheError(
-                    f"The cache {target.folder.path} would take {held + size:,} bytes, expected at "
-                    f"most {settings.max_bytes:,} (--max_bytes); allow more, or take fewer texts, "
-                    "fewer cuts or a smaller store."
-                )
 
 
 class Builder:
@@ -429,42 +357,3 @@ def _encode(values: np.ndarray) -> str:
 
 def _decode(text: str, dtype) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), dtype).copy()
-
-
-def exact_sources(
-    root: Path, model, compute_dtype: str | None, layers: list[int]
-) -> list[tuple[int, RowReader, KeyTable]]:
-    """Readers of the caches of lower cuts in `root` that keep every bit of what the model gives,
-    where reading them is cheaper than running their layers; deepest first.
-
-    Args:
-        root: folder of caches.
-        model, compute_dtype: as for identity_of.
-        layers: the cuts to fill.
-    """
-    found = []
-    for path in find_folders(root) if root.is_dir() else []:
-        try:
-            folder = Folder.read(path)
-            identity = folder.identity
-            if identity.layer >= min(layers) or identity.store in QUANTISED:
-                continue
-            place = cut(model, identity.layer)
-            if identity_of(place, identity.store, compute_dtype).digest != identity.digest:
-                continue
-            dtype = Runner(place, [identity.layer], identity.compute_dtype).dtype
-            if not quantize.exact_for(identity.store, dtype):
-                continue
-            state = State(folder).load(adopt=False)
-        except CacheError:
-            continue  # not of this model, or damaged: the layers run
-        element = quantize.torch_dtype(identity.store).itemsize
-        device = device_of(place)
-        if state.shards and planner.continuing_pays(
-            identity.width, identity.layer, element, device
-        ):
-            table = RowTable.of(list(state.shards.items()))
-            plan = planner.Plan("page", "read once")
-            reader = RowReader(folder, table, plan, torch.device("cpu"))
-            found.append((identity.layer, reader, KeyTable(table.key)))
-    return sorted(found, key=lambda source: -source[0])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
@@ -26,38 +26,12 @@ from .guards import check_batch
 from .index import RowTable
 from .planner import Plan
 from .quantize import FLOATS, decode, torch_dtype
-from .shard import REPAIR, open_file
+from .shard import REPAIR
+from .shard_files import ShardFiles
 
-OPEN_FILES = 256  # shards held open; more are closed and opened again
 AHEAD_ROWS = 256  # rows asked of a cold disk before they are needed
 CHECKS = ("read", "never")
 PIECE = 2**26  # bytes of a page-locked buffer on the way to the device
-
-
-class ShardFiles:
-    """Descriptors of the shards, opened when they are needed. Safe for several threads."""
-
-    def __init__(self, folder: Folder, names: list[str]):
-        self.folder, self.names = folder, names
-        self._open: OrderedDict[int, os.PathLike] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, shard: int):
-        """An open raw file. While somebody holds it, it stays open, also when it is let go here."""
-        with self._lock:
-            file = self._open.get(shard)
-            if file is None:
-                fd, _ = open_file(self.folder.path / self.names[shard])
-                file = self._open[shard] = os.fdopen(fd, "rb", buffering=0)
-                if len(self._open) > OPEN_FILES:
-                    self._open.popitem(last=False)
-            else:
-                self._open.move_to_end(shard)
-            return file
-
-    def close(self) -> None:
-        with self._lock:
-            self._open.clear()
 
 
 class RowReader:

@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
-from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
     Trainer,
     TrainingArguments,
     set_seed,
 )
 from transformers.integrations import get_available_reporting_integrations
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
-from ..backbone.families import find_backbone, head_modules
-from ..method.config import LPTConfig
 from ..tasks import (
     TaskSpec,
     classification_metrics,
-    encode_labels,
-    few_shot_split,
-    label_names,
-    load_task,
 )
 from ..train.cursor import last_checkpoint
 from ..train.disk_room import saving_to
@@ -41,180 +27,15 @@ from .data import (
     RUN_FILE,
     Collator,
     Formulation,
-    cannot_load,
-    checked_max_length,
     load_tokenizer,
-    read_rows,
-    text_columns_of,
-    texts_of,
 )
+from .model import build_model
+from .task_data import Split, read_data
 
 # Peak learning rates where none is given: customary for each method, not tuned to a task.
 LEARNING_RATES = {"lpt": 1e-3, "head": 1e-3, "lora": 1e-3, "prompt_tuning": 1e-2, "full": 1e-4}
-PROMPT_TUNING_TOKENS = 20
 # A task's metric -> its name among the results.
 _METRIC = {"accuracy": "accuracy", "f1": "f1", "matthews_correlation": "mcc"}
-
-
-@dataclass
-class Split:
-    """Rows of one split, with class ids."""
-
-    texts: dict[str, list[str]]
-    labels: list[int]
-
-
-@dataclass
-class Data:
-    train: Split
-    validation: Split | None
-    test: Split | None
-    labels: list[str]
-    task: TaskSpec | None
-    text_columns: list[str] | None
-
-
-def read_data(args: TrainArguments) -> Data:
-    """Reads and checks all splits before anything expensive starts."""
-    task = load_task(args.task) if args.task else None
-    columns = text_columns_of(task, args.text_column)
-
-    def read(source, split, max_samples):
-        rows, _ = read_rows(source, split, task, columns, args.label_column, max_samples, args.seed)
-        return rows
-
-    full = read(
-        args.train_file or args.dataset, "train", None if args.few_shot else args.max_train_samples
-    )
-    ids = task.hub_label_ids if task else None
-    names = list(task.labels) if task else label_names(full, args.label_column, ids)
-    if len(names) < 2:
-        raise ValueError(
-            f"The training data has {len(names)} label ({', '.join(names)}), expected at least 2 "
-            f"to tell apart; check the column {args.label_column!r}."
-        )
-
-    def split_of(rows) -> Split:
-        encoded = encode_labels(rows, args.label_column, names, ids)
-        return Split(texts_of(rows, task, columns), list(encoded["labels"]))
-
-    def other(file, split):
-        if file:
-            return split_of(read(file, split, args.max_eval_samples))
-        if args.dataset and not args.train_file and not Path(args.dataset).is_file():
-            # Test splits of hub data sets often have no labels, so only folders' are read.
-            if split == "test" and not Path(args.dataset).is_dir():
-                return None
-            try:
-                return split_of(read(args.dataset, split, args.max_eval_samples))
-            except FileNotFoundError:
-                return None
-        return None
-
-    validation, test = other(args.validation_file, "validation"), other(args.test_file, "test")
-    if args.few_shot:
-        few, dev = few_shot_split(full, args.few_shot, args.seed, args.label_column)
-        train, validation = split_of(few), split_of(dev)
-    else:
-        train = split_of(full)
-    return Data(train, validation, test, names, task, columns)
-
-
-def build_model(args: TrainArguments, data: Data, tokenizer) -> tuple[nn.Module, Formulation]:
-    """The model with what `--method` trains, and the formulation of the task.
-
-    Raises:
-        ValueError: for a model that cannot be found, or whose family Late Prompt Tuning does not
-            know.
-    """
-    id2label = dict(enumerate(data.labels))
-    try:
-        config = AutoConfig.from_pretrained(args.model)
-    except (OSError, ValueError) as error:
-        raise ValueError(cannot_load("model", args.model, error)) from None
-    cloze = args.formulation == "cloze"
-    causal = cloze and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
-    dtype = getattr(torch, args.torch_dtype)
-    more = {}
-    if not cloze:
-        auto, task_type = AutoModelForSequenceClassification, TaskType.SEQ_CLS
-        # A head of another task with another number of labels is left behind.
-        more = {
-            "num_labels": len(id2label),
-            "id2label": id2label,
-            "label2id": {name: i for i, name in id2label.items()},
-            "ignore_mismatched_sizes": True,
-        }
-    elif causal:
-        auto, task_type = AutoModelForCausalLM, TaskType.CAUSAL_LM
-    else:
-        auto, task_type = AutoModelForMaskedLM, None
-    try:
-        model, info = auto.from_pretrained(
-            args.model, dtype=dtype, output_loading_info=True, **more
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(cannot_load("model", args.model, error)) from None
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    name, backbone, family = find_backbone(model)
-    missing = sorted(k for k in info["missing_keys"] if not k.startswith(f"{name.split('.')[0]}."))
-    if cloze and missing:
-        raise ValueError(
-            f"{args.model} has no language model head ({missing[0]} is missing), and a random one "
-            "predicts nothing; use --formulation classification, or a checkpoint of a language "
-            "model."
-        )
-    limit = family.max_length(backbone.config) or 10**9
-    if args.method == "prompt_tuning":
-        limit -= PROMPT_TUNING_TOKENS  # they stand in the input
-    max_length = checked_max_length(args.max_length, limit, args.model, tokenizer)
-    formulation = Formulation(
-        labels=data.labels,
-        text_columns=data.text_columns,
-        label_column=args.label_column,
-        max_length=max_length,
-        cloze=cloze,
-        causal=causal,
-        task=data.task,
-        model=args.model,
-        method=args.method,
-        dtype=args.torch_dtype,
-    )
-    return _adapt(model, args, task_type), formulation
-
-
-def _adapt(model: nn.Module, args: TrainArguments, task_type) -> nn.Module:
-    if args.method == "lpt":
-        config = LPTConfig(
-            task_type=task_type,
-            insertion_layer=args.insertion_layer,
-            generator=args.generator,
-            num_virtual_tokens=args.num_virtual_tokens,
-            bottleneck_size=args.bottleneck_size,
-            prompt_dropout=args.prompt_dropout,
-            upper_dropout=args.upper_dropout,
-        )
-        return get_peft_model(model, config)
-    if args.method == "full":
-        return model
-    # The other methods train the same head as LPT does, pooler included, so that they compare.
-    name, backbone, family = find_backbone(model)
-    heads = head_modules(model, name, backbone, family)
-    if args.method == "head":
-        model.requires_grad_(False)
-        for module in backbone.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0  # features of a frozen model, without noise
-        for head in heads:
-            model.get_submodule(head).requires_grad_(True)
-        return model
-    if args.method == "lora":
-        config = LoraConfig(task_type=task_type, r=8, lora_alpha=16, lora_dropout=0.1)
-    else:
-        config = PromptTuningConfig(task_type=task_type, num_virtual_tokens=PROMPT_TUNING_TOKENS)
-    config.modules_to_save = heads
-    return get_peft_model(model, config)
 
 
 def training_arguments(

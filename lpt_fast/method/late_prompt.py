@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
@@ -14,24 +12,16 @@ from torch import nn
 from ..backbone.copies import LATE_PROMPT
 from ..backbone.families import Family, get_layers, is_language_model
 from ..backbone.lower import run_lower
-from ..backbone.upper import run_upper
 from ..backbone.watch import Modes, Watch
-from ..insertion.padded_layout import PromptLayout
 from . import cached_call as cached
-from .call_inputs import attended_of, check_inputs, kv_cache
+from .call_inputs import attended_of, check_inputs
 from .config import LPTConfig, check_upper
-from .context import Context, attended, parameter_names
+from .context import Context, parameter_names
 from .generators import PromptGenerator, build_generator
 from .labels import get_labels, set_labels
 from .packed_call import run_call, takes_packed
-from .readout import READOUT, SHIFTED, checked_places, columns_of, narrow_labels
-
-# The place is internal to transformers; without it, hidden states are still captured, but maybe
-# twice.
-try:
-    from transformers.utils.output_capturing import maybe_install_capturing_hooks
-except ImportError:  # pragma: no cover
-    maybe_install_capturing_hooks = None
+from .padded_call import capture, run_padded
+from .readout import READOUT, SHIFTED, checked_places, narrow_labels
 
 # What the lower half needs to make its input; the upper half gets that as `inputs_embeds`.
 _INPUTS = ("input_ids", "inputs_embeds", "token_type_ids", "attention_mask", "position_ids")
@@ -326,7 +316,7 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         In a call of the whole model with `cached_hidden`, what layers 1..k would give is taken from
         there; everything above is the same.
         """
-        backbone, family = self.backbone, self.family
+        backbone = self.backbone
         call = self.context.take()
         if kwargs.get(cached.CACHED) is not None:
             raise ValueError(
@@ -343,98 +333,18 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         return_dict = kwargs.pop("return_dict", getattr(backbone.config, "return_dict", True))
         if call.cached is not None:
             cached.check_outputs(backbone.config, kwargs)
-        wanted = self._capture(kwargs)
+        wanted = capture(self, kwargs)
         if self.training:
             self._sync_modes(below=call.cached is None)
 
-        k, m = config.insertion_layer, config.num_virtual_tokens
         inputs = {name: kwargs.pop(name) for name in _INPUTS if name in kwargs}
         kwargs.pop(SHIFTED, None)
         check_inputs(inputs, kwargs)
         if takes_packed(self, call, inputs, kwargs):
             output = run_call(self, call, inputs, kwargs)
             return output if return_dict else output.to_tuple()
-        lower = cache = None
-        past = 0
-        if call.cached is not None:
-            hidden, inputs = cached.hidden_states(self, call.cached, k)
-            if family.causal:
-                kwargs.update(use_cache=False, past_key_values=None)
-        else:
-            cache, past = kv_cache(backbone, family, k, m, self.training, kwargs)
-            lower = run_lower(backbone, family, k, {**inputs, **kwargs, "return_dict": True})
-            hidden = lower.last_hidden_state  # [B, S, D]
-        kwargs["return_dict"] = True
-        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
-        tokens = None if mask is None else mask.bool()
-        layout = PromptLayout.from_mask(tokens, m)
-        if past:
-            rows = hidden
-            positions = None if positions is None else positions + m
-        else:
-            readable = attended(tokens, *hidden.shape[:2], hidden.device)
-            if family.causal:
-                readable = self.context.of(readable, call, self.training)
-            generator = self.lpt_generator[self.active_adapters[0]]
-            rows = generator(hidden, tokens, readable)
-            positions = layout.extend_positions(positions, len(hidden))
-        upper = run_upper(
-            backbone,
-            family,
-            k,
-            rows,
-            layout,
-            training=self.training,
-            attention_mask=layout.extend_mask(mask),
-            position_ids=positions,
-            **kwargs,
-        )
-        strip = (lambda rows: rows) if past else layout.strip
-        output = self._assemble(lower, upper, strip, cache, wanted)
-        if call.readout is not None:
-            column = columns_of(call.readout, tokens)
-            at = torch.arange(len(column), device=column.device)
-            output["last_hidden_state"] = output.last_hidden_state[at, column][:, None]
+        output = run_padded(self, call, inputs, kwargs, wanted)
         return output if return_dict else output.to_tuple()
-
-    def _capture(self, kwargs: dict):
-        """Which hidden states are asked for: False, True or a selection of indices; asks the
-        halves for all.
-        """
-        wanted = kwargs.get("output_hidden_states", self.backbone.config.output_hidden_states)
-        if wanted is not None and wanted is not False:
-            kwargs["output_hidden_states"] = True
-        attentions = kwargs.get("output_attentions", self.backbone.config.output_attentions)
-        # The hooks go on the layers, which the halves share. Installed by each half, each would
-        # report twice.
-        known = (
-            hasattr(type(self.backbone), "_can_record_outputs") and maybe_install_capturing_hooks
-        )
-        if (wanted or attentions) and known:
-            maybe_install_capturing_hooks(self.backbone)
-        return wanted
-
-    def _assemble(self, lower, upper, strip, cache, wanted):
-        """The backbone's usual output from those of the two halves."""
-        fields = {f.name: upper.get(f.name) for f in dataclasses.fields(upper)}
-        last = strip(upper.last_hidden_state)
-        fields["last_hidden_state"] = last
-        pooler = getattr(self.backbone, self.family.pooler, None) if self.family.pooler else None
-        if pooler is not None:
-            fields["pooler_output"] = pooler(last)
-        if wanted is not None and wanted is not False:
-            states = (*lower.hidden_states, *(strip(rows) for rows in upper.hidden_states[1:]))
-            if wanted is not True:
-                chosen = {wanted} if isinstance(wanted, int) else set(wanted)
-                chosen = {i % len(states) for i in chosen}
-                states = tuple(s if i in chosen else None for i, s in enumerate(states))
-            fields["hidden_states"] = states
-        if fields.get("attentions") is not None:
-            # Maps of the upper layers have m more rows and columns: the prompt's.
-            fields["attentions"] = (*lower.attentions, *upper.attentions)
-        if "past_key_values" in fields and fields["past_key_values"] is not None:
-            fields["past_key_values"] = cache
-        return type(upper)(**fields)
 
 
 NO_MERGE = (

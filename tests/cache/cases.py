@@ -25,7 +25,7 @@ import torch
 import xxhash
 
 from lpt_fast.cache import ActivationCache, CorruptCacheError
-from lpt_fast.cache.build import BuildReport
+from lpt_fast.cache.build_settings import BuildReport
 from lpt_fast.cache.folder import INDEX, LOCK, MANIFEST, Folder
 from lpt_fast.cache.forward import Runner
 from lpt_fast.cache.shard import DTYPES, Layout, build_head, open_file, read_layout

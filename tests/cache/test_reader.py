@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lpt_fast.cache import CacheError, CorruptCacheError, MissingRowsError, reader
+from lpt_fast.cache import CacheError, CorruptCacheError, MissingRowsError, shard_files
 from lpt_fast.cache.index import KeyTable
 from lpt_fast.cache.planner import TIERS
 from lpt_fast.cache.shard import STORES
@@ -214,7 +214,7 @@ def test_short_reads(root, monkeypatch):
 
 @pytest.mark.parametrize("tier", ["page", "disk"])
 def test_few_files_are_open_at_a_time(root, tier, monkeypatch):
-    monkeypatch.setattr(reader, "OPEN_FILES", 2)
+    monkeypatch.setattr(shard_files, "OPEN_FILES", 2)
     here = lambda: sum(".safetensors" in _link(fd) for fd in os.listdir("/proc/self/fd"))  # noqa: E731
     gc.collect()
     before = here()
