@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import transformers as tf
 
+from lpt_fast.packing import PackedBatch
+
 VOCAB, PAD, D, LAYERS = 99, 0, 32, 4
 
 
@@ -34,7 +36,6 @@ _SLIDING = {
     ],
     "sliding_window": 6,
 }
-
 # model type -> keyword arguments of its config
 CONFIGS = {
     "bert": _bert_like(),
@@ -156,3 +157,12 @@ def batch(side: str = "right", lengths=(9, 4, 7, 1, 3), seed: int = 1) -> dict:
     n = torch.tensor(lengths)[:, None]
     mask = place < n if side != "left" else place >= width - n
     return {"input_ids": ids.masked_fill(~mask, PAD), "attention_mask": mask.long()}
+
+
+def with_room(packed, room):
+    """The same batch with `room` rows of NaN before each text, put there text by text."""
+    gap = torch.full((room, packed.hidden.shape[1]), float("nan"))
+    texts = packed.hidden.split(packed.lengths.tolist())
+    rows = torch.cat([part for text in texts for part in (gap, text)])
+    more = {n: getattr(packed, n) for n in ("input_ids", "token_type_ids", "position_ids")}
+    return PackedBatch(rows, packed.cu_seqlens, packed.max_seqlen, room, **more)

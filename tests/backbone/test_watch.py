@@ -17,7 +17,7 @@ from lpt_fast.cache.identity import cut, identity_of
 from lpt_fast.packed.stack import why_padded
 from lpt_fast.packing import PackedBatch
 from tests.adapters import lpt
-from tests.packed.test_packed_fallbacks import way
+from tests.packed.cases import way
 from tests.tiny import batch, tiny
 
 K = 2

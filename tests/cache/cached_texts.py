@@ -10,7 +10,7 @@ import torch
 from lpt_fast.backbone.families import find_backbone
 from lpt_fast.cache import ActivationCache
 from lpt_fast.cache.shard import STORES
-from tests.method.test_cached_hidden import states_alone
+from tests.method.cases import states_alone
 from tests.tiny import VOCAB, tiny
 
 CUDA = pytest.param(

@@ -16,7 +16,7 @@ from lpt_fast.cache.shard import STORES
 from tests.adapters import lpt, stir
 from tests.cache.cached_texts import filled, ragged
 from tests.tiny import tiny
-from tests.train.test_trainer import assert_same, trained
+from tests.train.cases import assert_same, trained
 
 K = 2
 REFUSED = r"The cached batch was made by another model, configuration, layer or dtype \(cache "

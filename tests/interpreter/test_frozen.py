@@ -13,17 +13,22 @@ import torch.nn.functional as F
 from lpt_kernels import frozen
 from lpt_kernels.launch import record
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SIZES = [1, 24, 384, 768, 1000, 1024, 4096]
-ROWS = [0, 1, 3, 70]
+from tests.interpreter.frozen_rule import (
+    DTYPES,
+    SIZES,
+    assert_rule,
+    check,
+    check_norm,
+    normal,
+    results,
+    rows_of,
+    torch_gated,
+    torch_layer_norm,
+    torch_rms_norm,
+)
 
 # Extremes overflow where that does not count.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")
-
-
-def rows_of(D):
-    """Numbers of rows to try; programs are slow in the interpreter, so few of them for large D."""
-    return ROWS if D <= 384 else [3]
 
 
 @pytest.fixture(autouse=True)
@@ -32,124 +37,6 @@ def poisoned_memory(monkeypatch):
     empty = torch.empty
     nan = lambda *a, **k: empty(*a, **k).fill_(float("nan"))  # noqa: E731
     monkeypatch.setattr(torch, "empty", nan)
-
-
-def normal(*shape, dtype=torch.float32, device="cpu", seed=0, scale=1.0, shift=0.0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale + shift
-    return x.to(dtype).to(device)
-
-
-# --- what PyTorch code computes; in fp64 the oracle -----------------------------------------------
-
-
-def torch_sum(x, bias=None, residual=None):
-    s = x if bias is None else x + bias
-    return s if residual is None else s + residual
-
-
-def torch_layer_norm(x, residual, weight, norm_bias, bias, eps):
-    s = torch_sum(x, bias, residual)
-    return F.layer_norm(s, s.shape[-1:], weight, norm_bias, eps), s
-
-
-def torch_rms_norm(x, residual, weight, bias, eps, weight_offset=0.0):
-    """Llama's code; with weight_offset Gemma's."""
-    s = torch_sum(x, bias, residual)
-    wide = s if s.dtype == torch.float64 else s.float()
-    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    if weight_offset:
-        return (normed * (weight_offset + weight.to(wide.dtype))).to(s.dtype), s
-    return weight * normed.to(s.dtype), s
-
-
-def torch_act(x, activation):
-    if activation == "silu":
-        return F.silu(x)
-    return F.gelu(x, approximate="none" if activation == "gelu" else "tanh")
-
-
-def torch_gated(gate, up, bias, bias_up, activation):
-    return torch_act(torch_sum(gate, bias), activation) * torch_sum(up, bias_up)
-
-
-# --- the rule -------------------------------------------------------------------------------------
-
-
-def results(function, inputs, constants, upstream):
-    """Outputs of function(*inputs, *constants) and the gradients of inputs."""
-    inputs = [x if x is None else x.detach().requires_grad_() for x in inputs]
-    outputs = function(*inputs, *constants)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    used = [(y, g) for y, g in zip(outputs, upstream, strict=True) if g is not None]
-    torch.autograd.backward(*map(list, zip(*used, strict=True)))
-    grads = [x.grad for x in inputs if x is not None]
-    return [y.detach() for y in outputs] + grads
-
-
-def assert_rule(got, same, oracle):
-    assert len(got) == len(same) == len(oracle)
-    for i, (x, y, z) in enumerate(zip(got, same, oracle, strict=True)):
-        assert x.shape == z.shape and x.dtype == y.dtype
-        if z.numel() == 0:
-            continue
-        ulp = torch.finfo(x.dtype).eps
-        for name, norm in (
-            ("largest", lambda e: e.abs().max()),
-            ("rms", lambda e: e.norm() / e.numel() ** 0.5),
-        ):
-            error = norm(x.double() - z)
-            # Where PyTorch has no number (an overflow), the ulp alone is the bound.
-            theirs = torch.nan_to_num(norm(y.double() - z), nan=0.0, posinf=0.0)
-            bound = 2 * theirs + ulp * norm(z)
-            assert error <= bound, f"result {i}: {name} error {error:.3g}, allowed {bound:.3g}"
-
-
-def check(ours, theirs, inputs, constants, upstream):
-    double = lambda ts: [t if t is None else t.double() for t in ts]  # noqa: E731
-    got = results(ours, inputs, constants, upstream)
-    same = results(theirs, inputs, constants, upstream)
-    assert_rule(got, same, results(theirs, double(inputs), double(constants), double(upstream)))
-
-
-def check_norm(
-    x,
-    *,
-    kind="layer",
-    norm_bias=True,
-    bias=True,
-    residual=True,
-    return_sum=False,
-    upstream=(True, True),
-    eps=1e-5,
-    scale=1.0,
-    weight_offset=0.0,
-):
-    """One norm of x with the parts that the flags name, the others None, under the rule."""
-    D = x.shape[-1]
-    like = {"dtype": x.dtype, "device": x.device}
-    weight = normal(D, seed=1, shift=1.0, scale=0.3, **like)
-    weight[D // 2] = 0.0  # x_hat cannot be had from y
-    norm_bias = normal(D, seed=2, **like) if norm_bias and kind == "layer" else None
-    bias = normal(D, seed=3, scale=scale, **like) if bias else None
-    residual = normal(*x.shape, seed=4, scale=scale, **like) if residual else None
-    dy, ds = normal(*x.shape, seed=5, **like), normal(*x.shape, seed=6, **like)
-    upstream = [dy if upstream[0] else None, ds if upstream[1] else None][: 1 + return_sum]
-
-    def ours(x, residual, weight, norm_bias, bias):
-        common = {"bias": bias, "residual": residual, "eps": eps, "return_sum": return_sum}
-        if kind == "layer":
-            return frozen.layer_norm(x, weight, norm_bias, **common)
-        return frozen.rms_norm(x, weight, weight_offset=weight_offset, **common)
-
-    def theirs(x, residual, weight, norm_bias, bias):
-        if kind == "layer":
-            y, s = torch_layer_norm(x, residual, weight, norm_bias, bias, eps)
-        else:
-            y, s = torch_rms_norm(x, residual, weight, bias, eps, weight_offset)
-        return (y, s) if return_sum else y
-
-    check(ours, theirs, [x, residual], [weight, norm_bias, bias], upstream)
 
 
 # --- norms ----------------------------------------------------------------------------------------
@@ -337,124 +224,6 @@ def test_a_stack_of_blocks(device):
 
     x, dy = normal(7, D, device=device), normal(7, D, device=device, seed=5)
     check(ours, theirs, [x], [weight, bias, one, two], [dy])
-
-
-# --- activations ----------------------------------------------------------------------------------
-
-ACTS = ["gelu", "gelu_tanh", "silu"]
-
-
-def check_act(x, activation, bias=True, scale=1.0):
-    like = {"dtype": x.dtype, "device": x.device}
-    bias = normal(x.shape[-1], seed=1, scale=scale, **like) if bias else None
-    check(
-        lambda x, bias: frozen.activate(x, bias, activation=activation),
-        lambda x, bias: torch_act(torch_sum(x, bias), activation),
-        [x],
-        [bias],
-        [normal(*x.shape, seed=2, **like)],
-    )
-
-
-def check_gated(gate, activation, bias=True, packed=False, scale=1.0):
-    """gate [..., 2 D] if packed."""
-    like = {"dtype": gate.dtype, "device": gate.device}
-    half = gate.shape[-1] // 2 if packed else gate.shape[-1]
-    bias = normal(gate.shape[-1], seed=1, scale=scale, **like) if bias else None
-    bias_up = normal(half, seed=2, **like) if bias is not None and not packed else None
-    up = None if packed else normal(*gate.shape, seed=3, **like)
-
-    def ours(gate, up, bias, bias_up):
-        return frozen.gated(gate, up, bias=bias, bias_up=bias_up, activation=activation)
-
-    def theirs(gate, up, bias, bias_up):
-        if packed:
-            gate, up = gate.chunk(2, dim=-1)
-            bias, bias_up = (None, None) if bias is None else bias.chunk(2)
-        return torch_gated(gate, up, bias, bias_up, activation)
-
-    dy = normal(*gate.shape[:-1], half, seed=4, **like)
-    check(ours, theirs, [gate, up], [bias, bias_up], [dy])
-
-
-@pytest.mark.parametrize("D", SIZES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_activations(dtype, D, device):
-    turn = SIZES.index(D) + DTYPES.index(dtype)
-    for rows in rows_of(D):
-        # Every activation in every form at one small size, in turn at others.
-        every = D == 24 and rows == 3
-        first, second, third = (ACTS if every else [ACTS[(turn + i) % 3]] for i in range(3))
-        x = normal(rows, D, dtype=dtype, device=device, scale=3.0)
-        for activation in first:
-            check_act(x, activation, bias=rows != 1)
-        for activation in second:
-            check_gated(x, activation, bias=rows != 1)
-        both = normal(rows, 2 * D, dtype=dtype, device=device, scale=3.0)
-        for activation in third:
-            check_gated(both, activation, bias=rows != 1, packed=True)
-
-
-def test_an_activation_of_many_tiles(device):
-    check_act(normal(70, 1000, dtype=torch.float16, device=device), "gelu_tanh")
-    check_gated(normal(5, 4096, dtype=torch.float16, device=device), "silu", packed=True)
-
-
-@pytest.mark.parametrize("activation", ACTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_activations_of_extremes(dtype, activation, device):
-    for scale in (1e30 if dtype == torch.float32 else 1e4, 1e-6):
-        x = normal(3, 24, dtype=dtype, device=device, scale=scale)
-        check_act(x, activation, scale=scale)
-        check_gated(x, activation, scale=scale)
-    # Through the bend and both tails.
-    x = torch.linspace(-60, 60, 1201, device=device).to(dtype)
-    check_act(x, activation, bias=False)
-
-
-@pytest.mark.parametrize("activation", ["gelu_tanh", "silu"])
-def test_tails_keep_their_digits(activation, device):
-    x = torch.linspace(-8, 8, 999, device=device)
-    oracle = x.double()
-    inner = (2 / torch.pi) ** 0.5 * (oracle + 0.044715 * oracle**3)
-    gate = torch.sigmoid(2 * inner if activation == "gelu_tanh" else oracle)
-    got = frozen.activate(x, activation=activation).double()
-    torch.testing.assert_close(got, oracle * gate, rtol=2e-5, atol=0)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_activations_of_tensors_that_are_not_contiguous(dtype, device):
-    wide = normal(6, 70, dtype=dtype, device=device)
-    for x in (wide[:, 3:27], wide[::2, :24], wide.t()[:, :4], wide[0].expand(3, 70), wide[0]):
-        check_act(x, "gelu")
-        check_gated(x, "silu")
-        # (All that there is: of few elements PyTorch may by chance have no error at all.)
-        check_gated(x[..., : x.shape[-1] // 2 * 2], "silu", packed=True)
-    x = wide[:, :48].view(2, 3, 2, 24).transpose(0, 2)
-    check_act(x, "gelu_tanh")
-    check_gated(x, "gelu", packed=True)
-    # Gradients with strides of their own: of a sum, and transposed.
-    for dy in (wide[:1, :1].expand(6, 24), wide[:, 1:49:2]):
-        for ours, theirs in (
-            (frozen.silu, F.silu),
-            (
-                lambda x: frozen.gated(x.repeat(1, 2)),
-                lambda x: torch_gated(x, x, None, None, "silu"),
-            ),
-        ):
-            check(ours, theirs, [wide[:, 5:29]], [], [dy])
-
-
-def test_names(device):
-    x = normal(3, 24, device=device)
-    for name, same in (
-        ("gelu_new", frozen.gelu(x, approximate="tanh")),
-        ("gelu_pytorch_tanh", frozen.gelu(x, approximate="tanh")),
-        ("gelu", frozen.gelu(x)),
-        ("swish", frozen.silu(x)),
-    ):
-        assert torch.equal(frozen.activate(x, activation=name), same)
-    assert not torch.equal(frozen.gelu(x), frozen.gelu(x, approximate="tanh"))
 
 
 # --- what is kept ---------------------------------------------------------------------------------

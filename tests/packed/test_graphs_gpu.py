@@ -18,13 +18,12 @@ from transformers import TrainerCallback
 from lpt_fast.backbone.families import find_backbone
 from lpt_fast.packed import graph_passes, graphs
 from lpt_fast.packed.graphs import UpperGraphs
-from tests.method.test_cached_hidden import M, cached
-from tests.packed.test_packed import labels_for, pair, still
+from tests.method.cases import M, cached
+from tests.packed.cases import labels_for, pair, still
 from tests.tiny import batch
 from tests.train.cases import cached as cached_trainer
-from tests.train.cases import model_of
-from tests.train.test_trainer import rows as text_rows
-from tests.train.test_trainer import trained
+from tests.train.cases import model_of, trained
+from tests.train.cases import rows as text_rows
 
 pytestmark = [
     pytest.mark.gpu,

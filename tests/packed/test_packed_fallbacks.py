@@ -10,22 +10,8 @@ from peft import LoraConfig, get_peft_model
 
 from lpt_fast.backbone.families import find_backbone
 from tests.adapters import lpt
-from tests.packed.test_packed import TASK, pair
+from tests.packed.cases import TASK, pair, said, way
 from tests.tiny import batch, tiny
-
-
-def way(model, caplog, **call):
-    """What a call says of how it ran."""
-    caplog.clear()
-    find_backbone(model)[1].late_prompt._said.clear()
-    with caplog.at_level(logging.INFO, logger="lpt_fast"):
-        model(**call)
-    (message,) = said(caplog)
-    return message
-
-
-def said(caplog):
-    return [r.getMessage() for r in caplog.records if r.name.startswith("lpt_fast")]
 
 
 def test_said_once(caplog):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lpt_fast.packing import PackedBatch, pack
-from tests.tiny import batch
+from tests.tiny import batch, with_room
 
 LENGTHS = [9, 4, 7, 1, 3]
 STARTS = [0, 9, 13, 20, 21, 24]
@@ -16,15 +16,6 @@ STARTS = [0, 9, 13, 20, 21, 24]
 
 def states(width=6):
     return torch.randn(5, 9, width, generator=torch.Generator().manual_seed(2))
-
-
-def with_room(packed, room):
-    """The same batch with `room` rows of NaN before each text, put there text by text."""
-    gap = torch.full((room, packed.hidden.shape[1]), float("nan"))
-    texts = packed.hidden.split(packed.lengths.tolist())
-    rows = torch.cat([part for text in texts for part in (gap, text)])
-    more = {n: getattr(packed, n) for n in ("input_ids", "token_type_ids", "position_ids")}
-    return PackedBatch(rows, packed.cu_seqlens, packed.max_seqlen, room, **more)
 
 
 @pytest.mark.parametrize("side", ["right", "left", "none"])

@@ -16,7 +16,7 @@ from lpt_fast import LPTConfig
 from lpt_fast.cache import ActivationCache
 from tests.cache.cached_texts import counted, filled
 from tests.tiny import tiny
-from tests.train.test_trainer import assert_same, collate, new_model, rows, trained, trainer_for
+from tests.train.cases import assert_same, collate, new_model, rows, trained, trainer_for
 
 SUBJ = Path(__file__).parents[3] / "shared" / "data" / "subj" / "train.tsv"
 SENTENCES, EPOCHS, BATCH, K = 500, 3, 32, 4

@@ -22,8 +22,19 @@ from transformers import (
 
 from lpt_fast import ActivationCache, LPTConfig, LPTTrainer
 from tests.cache.cached_texts import counted
-from tests.train.cases import Seen, Stop, arguments, cached, model_of, stock
-from tests.train.test_trainer import accuracy, assert_same, collate, rows, trained
+from tests.train.cases import (
+    Seen,
+    Stop,
+    accuracy,
+    arguments,
+    assert_same,
+    cached,
+    collate,
+    model_of,
+    rows,
+    stock,
+    trained,
+)
 
 TREC = Path(__file__).parents[3] / "shared" / "data" / "trec" / "train.tsv"
 ROWS = int(os.environ.get("LPT_TREC_ROWS", 200))

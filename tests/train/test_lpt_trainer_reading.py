@@ -16,8 +16,7 @@ from lpt_fast import ActivationCache, PackedBatch
 from lpt_fast.cache import CacheError, CorruptCacheError
 from lpt_fast.train.cached_dataset import CachedDataset, PendingBatch, ReadAhead
 from tests.cache.cached_texts import flip
-from tests.train.cases import Stop, cached, model_of, stock
-from tests.train.test_trainer import assert_same, collate, rows, trained
+from tests.train.cases import Stop, assert_same, cached, collate, model_of, rows, stock, trained
 
 
 def readers() -> list[str]:

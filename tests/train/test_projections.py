@@ -21,19 +21,11 @@ from lpt_fast.packed import ops as packed_ops
 from lpt_fast.packed import stack as packed
 from lpt_fast.train.projections import Projections
 from lpt_fast.train.trainer import find_late_prompt
-from tests.packed.test_packed import (
-    DECODERS,
-    ENCODERS,
-    assert_same,
-    labels_for,
-    outcome,
-    pair,
-    still,
-)
+from tests.packed.cases import assert_same, labels_for, outcome, pair, still
+from tests.packed.test_packed import DECODERS, ENCODERS
 from tests.tiny import LAYERS
-from tests.train.cases import K, arguments, cached, model_of
-from tests.train.test_trainer import assert_same as assert_same_weights
-from tests.train.test_trainer import rows, trained
+from tests.train.cases import K, arguments, cached, model_of, rows, trained
+from tests.train.cases import assert_same as assert_same_weights
 
 IDS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14], [15, 16, 17, 18], [8, 9, 10, 11, 12, 13]]
 EXAMPLES = [{"input_ids": ids} for ids in IDS]

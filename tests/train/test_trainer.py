@@ -8,78 +8,12 @@ import warnings
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from lpt_fast import LPTConfig
 from lpt_fast.backbone.families import find_backbone, get_layers
 from tests.tiny import batch, tiny
-
-
-def rows(n=32, seed=0):
-    """Texts whose label is whether their second token is small; unequal lengths."""
-    generator = torch.Generator().manual_seed(seed)
-    out = []
-    for i in range(n):
-        length = 4 + i % 5
-        ids = torch.randint(3, 99, (length,), generator=generator)
-        label = int(ids[1] < 50)
-        out.append({"input_ids": ids.tolist(), "attention_mask": [1] * length, "labels": label})
-    return out
-
-
-def collate(examples):
-    width = max(len(e["input_ids"]) for e in examples)
-    pad = lambda name: torch.tensor([e[name] + [0] * (width - len(e[name])) for e in examples])  # noqa: E731
-    labels = torch.tensor([e["labels"] for e in examples])
-    return {
-        "input_ids": pad("input_ids"),
-        "attention_mask": pad("attention_mask"),
-        "labels": labels,
-    }
-
-
-def accuracy(prediction):
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
-
-
-def new_model(family="bert", **config):
-    base = tiny(family, "SEQ_CLS")
-    torch.manual_seed(3)
-    settings = {"bottleneck_size": 8, "num_virtual_tokens": 3, "task_type": "SEQ_CLS", **config}
-    return get_peft_model(base, LPTConfig(**settings))
-
-
-def trainer_for(model, folder, train=None, cls=Trainer, **settings):
-    settings = {
-        "per_device_train_batch_size": 8,
-        "learning_rate": 5e-3,
-        "num_train_epochs": 2,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "report_to": "none",
-        "use_cpu": True,
-        "max_grad_norm": 0.0,
-        **settings,
-    }
-    return cls(
-        model=model,
-        args=TrainingArguments(output_dir=str(folder), **settings),
-        train_dataset=train or rows(),
-        eval_dataset=rows(16, seed=1),
-        data_collator=collate,
-        compute_metrics=accuracy,
-    )
-
-
-def trained(model) -> dict:
-    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-
-
-def assert_same(a: dict, b: dict, **tolerance):
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], **tolerance)
+from tests.train.cases import assert_same, collate, new_model, rows, trained, trainer_for
 
 
 @pytest.mark.parametrize("generator", ["static", "npg", "appg", "mppg", "attention", "residual"])
