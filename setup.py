@@ -17,6 +17,7 @@ setup(
     # here would hide.
     packages=[*find_packages(include=["lpt_fast", "lpt_fast.*"]), "lpt_kernels"],
     package_dir={"lpt_kernels": "kernels/lpt_kernels"},
+    package_data={"lpt_fast": ["py.typed"], "lpt_kernels": ["py.typed"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

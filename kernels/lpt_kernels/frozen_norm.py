@@ -55,6 +55,7 @@ def norm_fwd_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Norm of x + bias + residual, whole rows a program; keeps what the backward needs."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.arange(0, BLOCK_D)
     row_mask = row < T
@@ -115,6 +116,7 @@ def norm_bwd_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Gradient of the sum behind a norm with frozen weights, whole rows a program."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.arange(0, BLOCK_D)
     row_mask = row < T

@@ -24,6 +24,7 @@ def source_rows_fwd_kernel(
     BLOCKS: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
+    """Row of the cache that each text row comes from, int64, a block of rows a program."""
     # One program walks over the batch, for each example's place depends on all before it.
     rows = tl.full((), 0, tl.int64)
     wrongs = tl.full((), 0, tl.int32)
@@ -72,6 +73,7 @@ def gather_rows_fwd_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Text rows of a cache to their places behind m free rows, dequantised on the way."""
     # Tiles of text rows, not of examples: one long example is no slower than many short ones.
     # Columns run fastest, so that a source row is read by neighbours at the same time.
     tiles_d = tl.cdiv(D, BLOCK_D)

@@ -76,10 +76,12 @@ FP32 = {
 
 
 def block_d(D: int, most: int) -> int:
+    """Columns of a block, a power of two of at least 16."""
     return next_power_of_2(min(D, most), 16)
 
 
 def block_r(R: int) -> int:
+    """Channels of a block: a power of two, 16 to 128."""
     return next_power_of_2(min(R, 128), 16)
 
 

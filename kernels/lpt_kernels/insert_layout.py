@@ -35,6 +35,7 @@ class Layout:
 
     @property
     def B(self) -> int:
+        """Examples of the batch."""
         return self.cu_seqlens.shape[0] - 1
 
     def arguments(self, *names: str) -> dict[str, object]:

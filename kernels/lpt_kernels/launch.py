@@ -36,6 +36,7 @@ class Launch:
 
     @property
     def name(self) -> str:
+        """Of the jit function."""
         return getattr(self.kernel, "__name__", None) or self.kernel.fn.__name__
 
 
@@ -99,6 +100,7 @@ def precision_of(dtype: torch.dtype) -> str:
 
 
 def ceil_div(n: int, block: int) -> int:
+    """How many blocks hold n things."""
     return -(-n // block)
 
 

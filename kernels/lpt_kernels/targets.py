@@ -121,6 +121,7 @@ class Variant:
     launch: Launch
 
     def report(self, **figures) -> Report:
+        """A report on this variant."""
         x = self.launch
         return Report(x.name, self.case, self.target, x.num_warps, x.num_stages, **figures)
 
@@ -195,6 +196,7 @@ def collect(
 
 
 def one_line(error: BaseException) -> str:
+    """An error's type and reason in one line."""
     # Triton's messages quote the source first and end with the reason.
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # ptxas' reasons are followed by the command that repeats them.
@@ -203,6 +205,7 @@ def one_line(error: BaseException) -> str:
 
 
 def compile_variant(variant: Variant) -> Report:
+    """Compiles, and reads the figures from the machine code."""
     target = TARGETS[variant.target]
     started = time.perf_counter()
     try:
@@ -320,6 +323,7 @@ def _in_processes(work: list[Variant], jobs: int) -> list[Report | None]:
 
 
 def table(reports: Iterable[Report]) -> str:
+    """The reports as a table of text."""
     head = ["kernel", "case", "target", "warps", "stages", "registers", "spilled B", "shared B"]
     head += ["programs", "waves", "KB in flight"]
     rows = [[*head, "tensor cores"]]
@@ -340,6 +344,7 @@ def table(reports: Iterable[Report]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line; 1 where --check fails, 2 in the interpreter."""
     parser = argparse.ArgumentParser(
         prog="python -m lpt_kernels.targets",
         description="Compiles every kernel for each target, without a GPU, and says what it needs.",

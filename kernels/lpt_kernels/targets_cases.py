@@ -50,6 +50,7 @@ def case(name: str, shapes: Mapping[str, tuple] = ALL, **more):
 
 
 def meta(*size: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> torch.Tensor:
+    """A tensor of a size and dtype without memory."""
     return torch.empty(size, dtype=dtype, device="meta", requires_grad=grad)
 
 
@@ -59,6 +60,7 @@ def lengths() -> torch.Tensor:
 
 
 def backward(*outputs: torch.Tensor) -> None:
+    """Backward through outputs, with gradients of their dtypes."""
     torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
 
 

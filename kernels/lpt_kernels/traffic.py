@@ -37,6 +37,7 @@ class Spans:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all intervals."""
         return int((self.stop - self.start).sum())
 
     def holds(self, address: np.ndarray) -> np.ndarray:

@@ -243,6 +243,7 @@ def find_backbone(model: nn.Module) -> tuple[str, nn.Module, Family]:
 
 
 def get_layers(backbone: nn.Module, family: Family) -> nn.ModuleList:
+    """The backbone's layers in order."""
     return backbone.get_submodule(family.layers)
 
 

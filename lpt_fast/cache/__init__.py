@@ -10,7 +10,7 @@ planner.py    where to read from             quantize.py  8-bit stores
 guards.py     what is refused                canary.py    a few rows computed again
 verify.py     verify, repair, gc, export     ranks.py     several processes
 lock.py       one builder at a time          choose.py    which cache of a folder is meant
-activation_cache.py  the class for users
+filling.py    what a data set lacks          activation_cache.py  the class for users
 """
 
 from .activation_cache import ActivationCache

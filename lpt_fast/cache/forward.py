@@ -20,6 +20,7 @@ BATCH_TOKENS = {"cuda": 32768, "cpu": 1024}
 
 
 def device_of(place: Place) -> torch.device:
+    """Where the layers below the cut are."""
     return next(place.lower.parameters()).device
 
 

@@ -387,3 +387,9 @@ def check_rows(rows, count: int) -> np.ndarray:
             "gives the rows of a data set."
         )
     return array.astype(np.int64)
+
+
+def check_free_rows(room: int) -> None:
+    """Raises CacheError unless `room` counts rows."""
+    if isinstance(room, bool) or not isinstance(room, int) or room < 0:
+        raise CacheError(f"`room` must be a whole number of at least 0, got {room!r}.")

@@ -210,6 +210,7 @@ def read_exactly(fd: int, size: int, offset: int, path: Path) -> bytes:
 
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:
+    """Writes every byte at an offset of a file, however often the system stops short."""
     while len(data):
         done = os.pwrite(fd, data, offset)
         data, offset = data[done:], offset + done

@@ -39,10 +39,12 @@ def table(rows: list[list[str]]) -> str:
 
 
 def percent(value: float) -> str:
+    """A share as 12.3 %."""
     return f"{100 * value:.1f} %"
 
 
 def metrics_table(splits: dict[str, dict[str, float]]) -> str:
+    """Metrics of each split as a table of text."""
     rows = [["split", "examples", "accuracy", "F1", "MCC"]]
     for name, m in splits.items():
         rows.append(

@@ -99,6 +99,7 @@ class Classifier:
 
     @property
     def labels(self) -> list[str]:
+        """Class names in the order of ids."""
         return self.formulation.labels
 
     @torch.inference_mode()

@@ -197,6 +197,7 @@ def underscored(arguments: list[str]) -> list[str]:
 
 
 def main() -> None:
+    """The command `lpt-fast`; flags may be spelled with hyphens or underscores."""
     app(args=underscored(sys.argv[1:]))
 
 

@@ -119,6 +119,7 @@ def choose_device(use_cpu: bool) -> torch.device:
 
 
 def shard_bytes_of(args: PrecomputeArguments) -> int:
+    """--shard_mb in bytes."""
     return int(args.shard_mb * 2**20)
 
 

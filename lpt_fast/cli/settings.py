@@ -14,6 +14,7 @@ from typing import Any
 
 
 def default_of(f) -> Any:
+    """Default of a dataclass field."""
     return f.default_factory() if f.default is MISSING else f.default
 
 

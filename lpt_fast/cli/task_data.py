@@ -30,6 +30,8 @@ class Split:
 
 @dataclass
 class Data:
+    """Rows of all splits with what they have in common."""
+
     train: Split
     validation: Split | None
     test: Split | None

@@ -41,6 +41,7 @@ _METRIC = {"accuracy": "accuracy", "f1": "f1", "matthews_correlation": "mcc"}
 def training_arguments(
     args: TrainArguments, has_validation: bool, task: TaskSpec | None
 ) -> TrainingArguments:
+    """Trainer's arguments from the command line's."""
     rate = args.learning_rate if args.learning_rate is not None else LEARNING_RATES[args.method]
     evaluation = "epoch" if has_validation else "no"
     save = args.save_strategy

@@ -162,6 +162,7 @@ def choose_impl(impl: str, hidden: Tensor) -> str:
 
 
 def check_mask(name, mask, B, S, device):
+    """Raises ValueError unless `mask` is a mask [B, S] on `device`."""
     dtypes = (torch.bool, torch.int64, torch.int32, torch.uint8, torch.int8, *DTYPES)
     check_tensor(name, mask, (B, S), dtypes, device)
     check_values(

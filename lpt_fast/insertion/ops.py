@@ -266,6 +266,9 @@ class _Insert(torch.autograd.Function):
 
 
 def run_insertion(hidden, in_place, places, sources, seed, settings, dtype, weights):
+    """The operator with autograd, or the registered one alone where no gradient is wanted.
+    Arguments are those of `_Insert`.
+    """
     needs = torch.is_grad_enabled() and (
         hidden.requires_grad or any(w.requires_grad for w in weights)
     )

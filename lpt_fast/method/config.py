@@ -195,6 +195,7 @@ class LPTConfig(PeftConfig):
             )
 
     def to_dict(self) -> dict:
+        """As PEFT's, with the method's name as a plain string."""
         out = super().to_dict()
         out["peft_type"] = LPT.value
         return out

@@ -169,6 +169,7 @@ class AttentionGenerator(PromptGenerator):
         self.proj_up = nn.Linear(bottleneck_size, hidden_size)
 
     def weights(self, hidden, readable):
+        """As of PromptGenerator."""
         hidden = hidden.to(self.queries.weight.dtype)
         # Positions that may not be read can hold anything, NaN included, and 0 * NaN is not 0.
         hidden = hidden.masked_fill(~readable[..., None], 0)
@@ -203,6 +204,7 @@ class ResidualGenerator(PromptGenerator):
         return embedding + sum(up(F.relu(down(embedding))) for down, up in branches)
 
     def weights(self, hidden, readable):
+        """As of PromptGenerator."""
         return {"prompt_embedding.weight": self.prompt()}
 
     @torch.no_grad()

@@ -73,10 +73,12 @@ class LatePrompt(nn.Module, BaseTunerLayer):
 
     @property
     def root(self) -> nn.Module:
+        """The model that PEFT was given."""
         return self._outside[0]
 
     @property
     def backbone(self) -> nn.Module:
+        """The model whose layers these are."""
         return self._outside[1]
 
     def attach(self) -> None:
@@ -150,9 +152,11 @@ class LatePrompt(nn.Module, BaseTunerLayer):
     # -- PEFT's view -------------------------------------------------------------------------------
 
     def get_base_layer(self) -> nn.Module:
+        """The backbone, in PEFT's words."""
         return self.backbone
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activates one adapter, as PEFT's."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if len(names) > 1:
             raise ValueError(
@@ -162,6 +166,7 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         self._sync()
 
     def enable_adapters(self, enabled: bool) -> None:
+        """Switches the adapters on or off, as PEFT's."""
         super().enable_adapters(enabled)
         for module in self.root.modules():
             # `model.enable_adapters()` of transformers forgets the heads that its
@@ -179,9 +184,11 @@ class LatePrompt(nn.Module, BaseTunerLayer):
             self.lpt_generator[adapter_name].to(target)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raises ValueError: there is nothing to merge into."""
         raise ValueError(NO_MERGE)
 
     def unmerge(self) -> None:
+        """Raises ValueError: nothing was merged."""
         raise ValueError(NO_MERGE)
 
     @property
@@ -209,6 +216,7 @@ class LatePrompt(nn.Module, BaseTunerLayer):
     # -- modes and labels --------------------------------------------------------------------------
 
     def train(self, mode: bool = True):
+        """As of nn.Module; frozen halves follow as `upper_dropout` says."""
         super().train(mode)
         # nn.Module.train has visited the layers before this youngest child of the backbone.
         self._sync_modes()

@@ -48,6 +48,7 @@ class LPTModel(BaseTuner):
     target_module_mapping: ClassVar[dict] = {}
 
     def forward(self, *args, **kwargs):
+        """The model's own forward."""
         # By call and not by .forward(), which would pass by the hook that notes labels and context
         # lengths.
         return self.model(*args, **kwargs)
@@ -151,6 +152,7 @@ class LPTModel(BaseTuner):
         low_cpu_mem_usage=False,
         state_dict=None,
     ) -> None:
+        """Puts a late prompt into the backbone; arguments as of PEFT's BaseTuner."""
         # What depends on the model is filled into the config. One config object may serve several
         # models and adapters, so each gets a copy.
         self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
@@ -222,6 +224,7 @@ class LPTModel(BaseTuner):
         raise ValueError(NO_MERGE)
 
     def unmerge_adapter(self) -> None:
+        """Raises ValueError: nothing was merged."""
         raise ValueError(NO_MERGE)
 
     @contextmanager
@@ -235,6 +238,7 @@ class LPTModel(BaseTuner):
         yield
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Never: a prompt is no low-rank update."""
         return False
 
     # -- leaving -----------------------------------------------------------------------------------

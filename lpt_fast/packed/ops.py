@@ -41,6 +41,7 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor, residual: Tensor | None = None) ->
 
 
 def activation(act: nn.Module, x: Tensor) -> Tensor:
+    """A frozen layer's activation of rows [N, D]."""
     name = _ACTIVATIONS.get(type(act).__name__)
     if name is not None and fused(x):
         from lpt_kernels.frozen import activate
@@ -95,10 +96,12 @@ _GELUS = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 def conv1d(module: Conv1D, x: Tensor) -> Tensor:
+    """GPT-2's linear layer of rows [N, D]."""
     return torch.addmm(module.bias, x, module.weight)
 
 
 def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """A frozen RMSNorm of rows [N, D]."""
     if fused(x):
         from lpt_kernels.frozen import rms_norm as kernel
 

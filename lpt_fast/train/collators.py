@@ -51,6 +51,7 @@ class WithReadout:
         self.collator, self.causal = collator, causal
 
     def __call__(self, examples: list):
+        """The collator's batch, with `readout` where each text has one label."""
         batch = self.collator(examples)
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
         if isinstance(ids, Tensor):

@@ -46,6 +46,7 @@ class Cursor:
     processes: int
 
     def write(self, folder: Path) -> None:
+        """Writes the cursor beside a checkpoint's files."""
         path = folder / FILE
         part = path.with_suffix(".part")
         part.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
@@ -137,6 +138,7 @@ class SharedBatches(Sampler[Part]):
         return self
 
     def set_epoch(self, epoch: int) -> None:
+        """Says whose order is next."""
         self.epoch = epoch
 
     def _batches(self, examples: int) -> int:

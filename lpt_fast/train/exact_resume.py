@@ -120,6 +120,7 @@ class CountedTraining:
         )
 
     def get_train_dataloader(self) -> DataLoader:
+        """As Trainer's, with parts of batches that all processes share."""
         stock = super().get_train_dataloader()
         self._shared = None
         if not self._counts():
@@ -145,6 +146,7 @@ class CountedTraining:
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As Trainer's; a part of a batch counts by its examples."""
         weight = 1.0
         if WEIGHT in inputs:
             inputs = dict(inputs)
@@ -159,6 +161,7 @@ class CountedTraining:
     # -- stopping and going on ---------------------------------------------------------------------
 
     def train(self, *args, **kwargs):
+        """As Trainer's; a lost connection names the checkpoint to go on from."""
         dist = torch.distributed
         if self.args.use_cpu and dist.is_available() and dist.is_initialized():
             # (Transformers gives `ddp_timeout` to groups of GPUs alone; others wait 30 minutes.)

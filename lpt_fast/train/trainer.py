@@ -144,6 +144,7 @@ class LPTTrainer(CachedLoading, CountedTraining, Trainer):
         self._late_prompt = late
 
     def call_model_init(self, trial=None):
+        """As Trainer's; the new model's late prompt is the one that counts."""
         model = super().call_model_init(trial)
         self._prepare_model(model)
         self._forget_rows()  # which may have been another model's
