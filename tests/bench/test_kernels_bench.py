@@ -277,8 +277,8 @@ class Missing:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Missing())
-from bench import kernels, profiling, report
-sys.exit(kernels.main(sys.argv[1:]))
+from bench.kernels import main, profiling, report
+sys.exit(main.main(sys.argv[1:]))
 """
 
 

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
-from lpt_fast import insertion
 from lpt_fast.backbone.families import find_backbone, get_layers
+from lpt_fast.insertion import api
 from lpt_fast.insertion import ops as insertion_ops
 from lpt_fast.packed import attention as packed_attention
 from lpt_fast.packed import blocks as packed_blocks
@@ -64,7 +64,7 @@ def varlen(q, k, v, plan, *, heads, kv_heads, scale, causal, prompt_only=False):
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
-    for module in (packed_ops, insertion):
+    for module in (packed_ops, api):
         monkeypatch.setattr(module, "choose_impl", lambda impl, x: "triton")
     monkeypatch.setattr(packed_blocks, "attend", varlen)
 
