@@ -5,6 +5,7 @@ TRITON_INTERPRET=1, started by ../test_interpreter.py) and, marked `gpu`, on a C
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,38 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(scope="session", autouse=INTERPRETED)
+def patched_once_a_launch():
+    """Triton's interpreter patches its language anew for each helper that a kernel calls, which is
+    a third of its time; the patch of the launch is still there. And it looks dtypes up in a table
+    that it makes each time.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    class Nothing:
+        def restore(self):
+            pass
+
+    original, patched = interpreter._patch_lang, set()
+
+    def patch(fn):
+        values = fn.__globals__.values()
+        languages = {x for x in values if x is tl or x is tl.core}
+        if languages <= patched:
+            return Nothing()
+        scope = original(fn)
+        undo = scope.restore
+        patched.update(languages)
+        scope.restore = lambda: (patched.clear(), undo())
+        return scope
+
+    with pytest.MonkeyPatch.context() as own:
+        own.setattr(interpreter, "_patch_lang", patch)
+        known = cache(interpreter._get_np_dtype)
+        pointer = interpreter._get_np_dtype(tl.pointer_type(tl.int8))
+        of = lambda x: pointer if isinstance(x.scalar, tl.pointer_type) else known(x.scalar)  # noqa: E731
+        own.setattr(interpreter, "_get_np_dtype", of)
+        yield
