@@ -12,7 +12,11 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent / "interpreter"
-FILES = sorted(path.name for path in HERE.glob("test_*.py"))
+QUICK = "test_traffic.py"
+FILES = [
+    pytest.param(path.name, marks=[] if path.name == QUICK else [pytest.mark.slow])
+    for path in sorted(HERE.glob("test_*.py"))
+]
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -26,6 +26,7 @@ def blocks(language: str) -> list[str]:
     return [x for text in texts for x in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "last"), zip(blocks("python"), ("good", "torch.Size([27, 384])", "2"), strict=True)
 )

@@ -47,6 +47,7 @@ def test_every_kernel_has_a_case(target):
     assert {v.launch.name for v in variants} == set(targets.kernels())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "only"),
     [(t, "RoBERTa-large bf16") for t in targets.TARGETS] + [("sm_90", "RoBERTa-large fp32")],
@@ -68,6 +69,7 @@ def test_check(target, only, tmp_path):
     assert done.stdout.count(f" {target} ") == len(reports)
 
 
+@pytest.mark.slow
 def test_no_gpu_is_asked_for_at_import():
     script = """
 import importlib, pkgutil, torch, triton
@@ -88,6 +90,7 @@ print("imported")
     assert done.stdout == "imported\n", done.stderr
 
 
+@pytest.mark.slow
 def test_says_why_not_in_the_interpreter():
     done = run("-m", "lpt_kernels.targets", "--check", TRITON_INTERPRET="1")
     assert done.returncode == 2

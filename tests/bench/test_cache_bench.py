@@ -35,6 +35,7 @@ def call(source, *arguments):
     return CliRunner().invoke(app, [arguments[0], *options, *map(str, arguments[1:])])
 
 
+@pytest.mark.slow
 def test_parts(source, tmp_path):
     out = tmp_path / "out.jsonl"
     parts = [name for name in PARTS if name != "memory"]
@@ -55,6 +56,7 @@ def test_parts(source, tmp_path):
     assert "met)" in done.output
 
 
+@pytest.mark.slow
 def test_memory(source, tmp_path):
     """A process trains from a cache that its address space could not hold."""
     (figure,) = part_of("memory")(source, cache_data.QUICK)
@@ -67,6 +69,7 @@ def test_memory(source, tmp_path):
         list(part_of("memory")(source, small))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["build", "read", "step"])
 def test_wrong_rows_are_not_timed(source, tmp_path, monkeypatch, part):
     right = RowReader.read
@@ -143,6 +146,7 @@ def test_errors_by_hand():
     assert channel_scale("max", hidden).tolist() == [3, 5]
 
 
+@pytest.mark.slow
 def test_accuracy(source, tmp_path):
     out = tmp_path / "out.jsonl"
     options = ("--insertion_layers", 2, "--seeds", "1", "--num_train_epochs", 1, "--out", out)

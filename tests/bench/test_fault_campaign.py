@@ -14,6 +14,7 @@ from bench.cluster.fault_worker import TEXTS, Job, adapted, precompute
 from lpt_fast.cache import activation_cache
 
 
+@pytest.mark.slow
 def test_six_faults():
     """One of each kind, over precompute and training: no row lost, none wrong, the same end."""
     told = []
@@ -34,6 +35,7 @@ def built(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_harm_is_seen(built, monkeypatch):
     """Rows that are lost or wrong, hung processes and another end of the training count."""
     rows = fault_pair.rows_of(built)

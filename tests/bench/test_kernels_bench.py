@@ -58,6 +58,7 @@ def measured(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_rows_say_all(measured):
     rows = rows_of(measured)
     assert [row["op"] for row in rows] == FEW.split(",")
@@ -210,6 +211,7 @@ def test_unknown_shapes_are_refused(name, capsys):
     assert stopped.value.code == 2 and "`--shape` must be MODEL" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_pictures_come_from_the_file(measured, tmp_path):
     pytest.importorskip("matplotlib")
     code, said = bench("plot", "--file", str(measured), "--out", str(tmp_path))
@@ -297,6 +299,7 @@ def test_needs_torch_alone(tmp_path):
     assert rows_of(out)[0]["status"] == "ok"
 
 
+@pytest.mark.slow
 def test_the_kernels_pass_the_gate_in_the_interpreter():
     pytest.importorskip("triton")
     ops = "insert_mppg.bwd_hidden,insert_into_npg.fwd,gather_insert_int8_appg.fwd,rms_norm.fwd"
@@ -320,6 +323,7 @@ def test_the_kernels_pass_the_gate_in_the_interpreter():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_first_light_without_a_gpu(tmp_path):
     script = str(HERE.parent / "bench" / "first_light.sh")

@@ -17,6 +17,7 @@ from lpt_fast.cache import ActivationCache
 from tests.cli.cases import ROWS, write_tsv
 
 
+@pytest.mark.slow
 def test_nothing_is_held_after_a_cycle(tmp_path):
     told = []
     torch.set_num_threads(1)
@@ -32,6 +33,7 @@ def test_nothing_is_held_after_a_cycle(tmp_path):
     assert len({one["loss"] for one in samples}) == 1 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_a_cycle_holds_on_to_is_seen(monkeypatch):
     """A file that stays open, and a loss that moves."""
     held = []
@@ -80,6 +82,7 @@ def source(tmp_path, models_dir):
     return Source(tmp_path / "data", str(models_dir / "bert"))
 
 
+@pytest.mark.slow
 def test_one_and_two_processes(source):
     without, whole = scaling.scaling(source, 40, 1)
     assert without.target == 1.7 and without.value > 0 and whole.target is None

@@ -60,6 +60,7 @@ def lines_of(path, part=None):
 # -- the command -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_train(source, tmp_path):
     out = tmp_path / "out.jsonl"
     done = quick(source, out)
@@ -97,6 +98,7 @@ def test_train(source, tmp_path):
     assert len(gate) == 4 * 3 + 3 + 4 and all(line["met"] for line in gate)
 
 
+@pytest.mark.slow
 def test_train_bf16_by_tokens(tmp_path):
     """Random encoder and texts, as on a machine without files; shares of the matmul rate."""
     out = tmp_path / "out.jsonl"
@@ -118,6 +120,7 @@ def test_train_bf16_by_tokens(tmp_path):
     assert batches["value"] >= 1 and batches["tokens"] <= 200
 
 
+@pytest.mark.slow
 def test_memory(source, tmp_path, monkeypatch):
     """Full fine-tuning keeps gradients and two moments of every weight. (One contestant trains in
     this process, which saves starting another.)
@@ -138,6 +141,7 @@ def test_memory(source, tmp_path, monkeypatch):
     assert peak["full"] > 2.5 * weights and "cached_held, k = 2" in peak
 
 
+@pytest.mark.slow
 def test_profile(source, tmp_path):
     out = tmp_path / "out.jsonl"
     done = quick(source, out, "--profile")
@@ -146,6 +150,7 @@ def test_profile(source, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "broken, message",
     [
@@ -215,6 +220,7 @@ def test_without_peft(source, tmp_path, monkeypatch):
     assert done.exit_code == 2 and "needs peft" in done.output
 
 
+@pytest.mark.slow
 def test_steps_in_one_process(tmp_path):
     """What bench/first_light.sh runs, as far as it goes without a GPU."""
     from bench.train import steps as train_steps
@@ -232,6 +238,7 @@ def test_steps_in_one_process(tmp_path):
         assert train_steps.main([]) == 2
 
 
+@pytest.mark.slow
 def test_a_contestant_that_breaks_does_not_end_the_others(tmp_path, monkeypatch):
     from bench.train import steps as train_steps
 
@@ -318,6 +325,7 @@ def test_the_clock_stands_still_while_it_evaluates():
     assert found["stopped"] == "seconds" and found["steps"] == 2
 
 
+@pytest.mark.slow
 def test_train_accuracy_and_plot(source, tmp_path):
     out, picture = tmp_path / "out.jsonl", tmp_path / "out.png"
     options = ("--tasks", "subj", "--k", 2, "--eval_rows", 20, "--eval_steps", 2)

@@ -51,6 +51,7 @@ def assert_equal_rows(root: Path, expected: Path) -> None:
         assert np.abs(a - b).max() < 1e-6 * np.abs(b).max()
 
 
+@pytest.mark.slow
 def test_precompute(models_dir, tmp_path, machines):
     """The cable is cut before the machines have agreed: both say so in time. It is mended and cut
     again while they work: that is nothing to them, for they share files alone.
@@ -104,6 +105,7 @@ def test_precompute(models_dir, tmp_path, machines):
     assert_equal_rows(root, tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_training(tmp_path, machines):
     """The cable is cut in mid-epoch: both machines say so within `ddp_timeout`; from the last
     checkpoint they come to the same end as one process that nothing happened to.
@@ -161,6 +163,7 @@ def answer_late(machine, address, seconds) -> None:
         say(str(error))
 
 
+@pytest.mark.slow
 def test_a_cable_that_is_cut_while_a_process_waits_for_an_answer(machines):
     """(The store's own deadline does not end that wait.)"""
     port, words = free_port(), "Process 1 of 2 could not agree with process 0 on what to compute"
@@ -188,6 +191,7 @@ def build_in_vain(root, patience) -> None:
         say(str(error))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "whom"), [(0, "the other processes"), (1, "process 0")])
 def test_a_process_whose_others_never_come(tmp_path, rank, whom):
     child = Child(as_rank, rank, 2, free_port(), build_in_vain, tmp_path, "1.5")

@@ -113,6 +113,7 @@ def _collect(seen, batches):
         seen.append(batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["close", "forget", "break", "error"])
 def test_an_abandoned_iterator_stops_its_thread(root, way):
     cache = opened(root)

@@ -160,6 +160,7 @@ def root(model, tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_which_cache_is_opened(model, root):
     assert len(folders(root)) == 6
     for store in STORES:

@@ -67,6 +67,7 @@ def places(folder: Path, dice) -> list[tuple[str, Path, int]]:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", ["bf16", "int8c"])
 def test_every_flipped_bit_is_found(stores, tmp_path, store, caplog):
     root = shutil.copytree(stores[store][0], tmp_path / "cache")
@@ -128,6 +129,7 @@ def test_a_flip_is_not_seen_where_checks_are_off(sound):
     assert bits(opened.read(opened.find(list(rows)))) != list(rows.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mend", ["repair", "ensure"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_shard_is_lost(sound, damage, mend, caplog):

@@ -31,6 +31,7 @@ def continuing(monkeypatch):
     monkeypatch.setattr(planner, "continuing_pays", lambda *args: True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_are_those_of_each_text_alone(family, tmp_path):
     """Three cuts in one pass, from padded batches; and the same bytes as cut by cut."""
@@ -53,6 +54,7 @@ def test_rows_are_those_of_each_text_alone(family, tmp_path):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_types_and_positions_matter(family, tmp_path):
     """Rows of the same ids differ by them where the model reads them (canary and all)."""
@@ -74,6 +76,7 @@ def test_types_and_positions_matter(family, tmp_path):
     assert len(again) == len(cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_deeper_cut_from_a_shallower_one(family, tmp_path, monkeypatch):
     continuing(monkeypatch)
@@ -92,6 +95,7 @@ def test_a_deeper_cut_from_a_shallower_one(family, tmp_path, monkeypatch):
     assert len(cache) == len(set(rows.tolist()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", ["bf16", "fp32"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_deeper_cut_of_a_half_precision_model(family, store, tmp_path, monkeypatch):
@@ -106,6 +110,7 @@ def test_a_deeper_cut_of_a_half_precision_model(family, store, tmp_path, monkeyp
 
 
 # (Transformers' DeBERTa itself does not run under autocast.)
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "deberta"])
 def test_under_autocast(family, tmp_path, monkeypatch):
     """Each layer says then in which dtype its output is, and rows do not keep that: none serve."""
@@ -123,6 +128,7 @@ def test_under_autocast(family, tmp_path, monkeypatch):
     assert 1e-4 < max(gaps) < 3e-2
 
 
+@pytest.mark.slow
 def test_which_shallower_caches_serve(tmp_path, monkeypatch):
     """The deepest exact one of this model that has the texts, if that pays."""
     model, data = tiny("bert"), ragged()

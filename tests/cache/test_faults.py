@@ -72,6 +72,7 @@ def assert_sound_so_far(root) -> None:
 # -- killed ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(root):
     dice, where = random.Random(0), Counter()
 
@@ -118,6 +119,7 @@ STEPS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: f"{step[1]} {step[0]}")
 def test_killed_at_every_step(root, step):
     count = sum(name.endswith(".safetensors") for name in undisturbed()[0])
@@ -130,6 +132,7 @@ def test_killed_at_every_step(root, step):
     assert_whole(root)
 
 
+@pytest.mark.slow
 def test_killed_twice_in_one_folder_with_more_texts(root):
     """A first build ends, a second one for more texts is killed: the first index still serves, and
     a reader loses nothing by it.
@@ -146,6 +149,7 @@ def test_killed_twice_in_one_folder_with_more_texts(root):
     assert not Folder.read(folder_of(root)).part_names()
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_killed_builder_is_free_at_once(root):
     child = Child(hold, root, MANY)
     child.wait()
@@ -161,6 +165,7 @@ def throw(error):
     raise error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError("device")])
 def test_an_exception_in_the_loop(root, error):
     with after_forwards(12, lambda: throw(error)), pytest.raises(type(error)):
@@ -171,6 +176,7 @@ def test_an_exception_in_the_loop(root, error):
     assert_whole(root)
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_build_in_order(root):
     child = Child(build_slowly, root, MANY, 0.005)
     while not child.phase.startswith("before rename safet"):
@@ -183,6 +189,7 @@ def test_sigterm_ends_a_build_in_order(root):
     assert_whole(root)
 
 
+@pytest.mark.slow
 def test_sigterm_is_left_to_handlers_of_others(root):
     seen = []
     before = signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
@@ -196,6 +203,7 @@ def test_sigterm_is_left_to_handlers_of_others(root):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.slow
 def test_an_error_on_the_writers_thread(root, monkeypatch):
     fsync, seen = os.fsync, []
 
@@ -216,6 +224,7 @@ def test_an_error_on_the_writers_thread(root, monkeypatch):
 # -- not alone -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_second_builder_is_told_who_builds(root):
     child = Child(hold, root, MANY)
     assert child.wait() == "building"
@@ -239,6 +248,7 @@ def test_a_second_builder_is_told_who_builds(root):
     assert_whole(root)
 
 
+@pytest.mark.slow
 def test_a_second_builder_waits_and_finds_all_there(root):
     child = Child(hold, root, MANY)
     assert child.wait() == "building"
@@ -250,6 +260,7 @@ def test_a_second_builder_waits_and_finds_all_there(root):
     assert_whole(root)
 
 
+@pytest.mark.slow
 def test_the_second_builder_takes_the_scales_of_the_first(root):
     """An int8c cache has one set of scales, whoever writes the manifest."""
     child = Child(hold, root, MANY[:50], {"store": "int8c"}, 1)
@@ -264,6 +275,7 @@ def test_the_second_builder_takes_the_scales_of_the_first(root):
     assert torch.equal(again.read(rows).hidden, opened.read(opened.rows(MANY)).hidden)
 
 
+@pytest.mark.slow
 def test_a_reader_sees_what_another_process_builds(root):
     child = Child(build_slowly, root, MANY, 0.004)
     while not root.exists() or not list(root.glob("*/*.safetensors")):
@@ -286,6 +298,7 @@ def test_a_reader_sees_what_another_process_builds(root):
     assert rows_of(reader) == undisturbed()[1]
 
 
+@pytest.mark.slow
 def test_a_reader_of_an_older_index_sees_more_after_refresh(root):
     fill(root, MANY[:50])
     reader = ActivationCache.open(root)
@@ -298,6 +311,7 @@ def test_a_reader_of_an_older_index_sees_more_after_refresh(root):
     assert found.keys() == undisturbed()[1].keys() and list(found)[: len(before)] == list(before)
 
 
+@pytest.mark.slow
 def test_a_dead_builders_words_are_not_believed(root):
     """Who holds the lock is said by the system; what its file says may be anything."""
     fill(root, MANY[:20])
@@ -313,6 +327,7 @@ def test_a_dead_builders_words_are_not_believed(root):
         child.end(signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_change_under_an_open_cache_is_said(root):
     opened = fill(root, MANY[:100])
     shard = next(folder_of(root).glob("*.safetensors"))

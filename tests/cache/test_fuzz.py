@@ -17,6 +17,7 @@ def samples(caplog):
         yield made
 
 
+@pytest.mark.slow
 def test_mutations_at_random(samples):
     told = []
     counts = cache_fuzz.fuzz(samples, range(20_000), seed=1, seconds=12, tell=told.append)
@@ -24,6 +25,7 @@ def test_mutations_at_random(samples):
     assert counts["refused"] > 1000 and counts["harmless"] > 100
 
 
+@pytest.mark.slow
 def test_the_fuzzer_finds_what_is_wrong(samples, monkeypatch):
     """Without the hashes of rows, it sees other bits; and it is not held up by a hang."""
     told = []

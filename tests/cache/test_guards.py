@@ -79,6 +79,7 @@ def test_a_batch_of_its_own_cache(store, tmp_path):
         torch.testing.assert_close(got, exact, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.slow
 def test_batches_of_other_models(tmp_path, model, batch, hashed):
     model(cached_hidden=batch)
     others = {

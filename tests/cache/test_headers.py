@@ -111,6 +111,7 @@ def plant(folder, path, data: bytes, layout: Layout) -> None:
     (folder / INDEX).write_bytes(sealed_by(before, path.name, data, layout))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", HEADERS)
 def test_a_header_of_other_numbers(sound, change):
     root, folder, rows = sound

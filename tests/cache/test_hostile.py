@@ -166,6 +166,7 @@ def test_an_index_of_strange_lines(sound, change):
     assert_index_refused(root, folder, rows)
 
 
+@pytest.mark.slow
 def test_an_index_of_another_form(sound):
     root, folder, rows = sound
     content = json.loads((folder / INDEX).read_bytes())

@@ -40,6 +40,7 @@ def text_of(model) -> dict:
 # -- weights ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_weight_below_the_cut(family):
     """Found by what they do: a weight whose change moves the hidden states is in the identity, by
@@ -85,6 +86,7 @@ def test_every_weight_below_the_cut(family):
     assert digest(model) == before
 
 
+@pytest.mark.slow
 def test_what_else_counts():
     model = tiny("bert")
     digests = {digest(model, layer, store) for layer in (1, 2, 3) for store in STORES}
@@ -148,6 +150,7 @@ def test_fields_that_do_not_count(family, name):
     assert before == after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_cache_for_every_task(family, tmp_path):
     """Precompute with AutoModel, train with a head and an adapter, in whatever mode: one cache."""

@@ -47,6 +47,7 @@ def train_examples(models_dir, data, model, *flags):
     return formulation.encode(tokenizer, rows.train.texts, rows.train.labels), network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "flags"),
     [
@@ -73,6 +74,7 @@ def test_training_finds_its_rows(models_dir, data, tmp_path, model, flags):
     torch.testing.assert_close(got, want, atol=0.03, rtol=0.01)  # kept in bf16
 
 
+@pytest.mark.slow
 def test_several_cuts_in_one_pass(models_dir, data, tmp_path):
     shown = fill(models_dir, data, tmp_path / "c", "--insertion_layer", "1,3", "--store", "fp32")
     assert f"{len(ROWS)} texts" in shown
@@ -90,6 +92,7 @@ def test_several_cuts_in_one_pass(models_dir, data, tmp_path):
     assert folders[0].provenance["model"] == str(models_dir / "bert")
 
 
+@pytest.mark.slow
 def test_only_what_is_missing(models_dir, data, tmp_path):
     out = tmp_path / "c"
     assert f"{len(ROWS)} computed" in fill(models_dir, data, out)
@@ -116,6 +119,7 @@ def test_all_splits_of_a_folder(models_dir, tmp_path):
     assert "8 texts" in result.output, result.output
 
 
+@pytest.mark.slow
 def test_dry_run(models_dir, data, tmp_path):
     out = tmp_path / "c"
     shown = fill(models_dir, data, out, "--dry_run", "--insertion_layer", "1,2")
@@ -133,6 +137,7 @@ def test_dry_run(models_dir, data, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_dry_run_counts_the_files(models_dir, data, tmp_path):
     """Many small files take more room than one: each has a header of its own."""
 
@@ -149,6 +154,7 @@ def test_dry_run_counts_the_files(models_dir, data, tmp_path):
     assert len(shards) > 8 and sum(p.stat().st_size for p in shards) <= cut_up
 
 
+@pytest.mark.slow
 def test_refusals(models_dir, data, tmp_path):
     call = ["precompute", "--model", models_dir / "bert", "--train_file", data["train"]]
     out = ["--out", tmp_path / "c", "--use_cpu"]
@@ -171,6 +177,7 @@ def test_refusals(models_dir, data, tmp_path):
     assert not list((tmp_path / "c").glob("*/*.safetensors"))
 
 
+@pytest.mark.slow
 def test_looking_after_it(models_dir, data, tmp_path):
     out = tmp_path / "c"
     fill(models_dir, data, out, "--insertion_layer", "1,2")
@@ -211,6 +218,7 @@ def test_looking_after_it(models_dir, data, tmp_path):
     assert "holds no cache ff" in refused("cache", "gc", out, "--identity", "ffffff")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["bert-mlm", "gpt2"])
 def test_a_language_model_reads_its_cache(models_dir, data, tmp_path, model):
     """Cloze inputs from the command's cache give the loss of the text itself."""

@@ -212,6 +212,7 @@ def assert_shared(told: list[dict], root, alone, least=4) -> None:
     assert_same_rows(root, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 def test_torchrun(tmp_path, alone, count):
     # A build of two processes that both died in it.
@@ -245,6 +246,7 @@ def test_torchrun(tmp_path, alone, count):
         assert one["after"] == total + 1
 
 
+@pytest.mark.slow
 def test_started_by_hand(tmp_path, alone):
     """Without torchrun, whose store is there before anybody comes: rank 0 may come and go first."""
     first, second = ranks(2, build_and_tell, tmp_path)
@@ -255,11 +257,13 @@ def test_started_by_hand(tmp_path, alone):
     assert [child.end() for child in children] == [0, 0]
 
 
+@pytest.mark.slow
 def test_agreeing_again_and_again():
     children = ranks(3, agree_often)
     assert [child.wait() for child in children] == [list(range(10))] * 3
 
 
+@pytest.mark.slow
 def test_a_damaged_file_in_place_of_a_shard_that_another_makes(tmp_path, alone):
     """Rank 0 waits for the shard, not for something of its name."""
     fill(tmp_path, DATA, store="fp32", shard_bytes=1)
@@ -275,6 +279,7 @@ def test_a_damaged_file_in_place_of_a_shard_that_another_makes(tmp_path, alone):
     assert_same_rows(tmp_path, alone)
 
 
+@pytest.mark.slow
 def test_a_process_that_knows_less(tmp_path, alone):
     """What is missing is said by rank 0, whatever the others have seen."""
     fill(tmp_path, DATA[:50], store="fp32")
@@ -287,6 +292,7 @@ def test_a_process_that_knows_less(tmp_path, alone):
     assert_same_rows(tmp_path, alone)
 
 
+@pytest.mark.slow
 def test_an_error_on_rank_0_is_said_by_all(tmp_path):
     fill(tmp_path, DATA[:20], store="fp32")
     with building(folder_of(tmp_path)):
@@ -305,6 +311,7 @@ def test_variables_that_make_no_sense(monkeypatch, rank, world):
         Ranks.of_environment()
 
 
+@pytest.mark.slow
 def test_waiting_ends_where_nothing_happens(tmp_path):
     start = time.monotonic()
     with pytest.raises(CacheError, match="Nothing happened for 0 s while waiting for tea, so a"):

@@ -38,6 +38,7 @@ def root(tmp_path_factory):
     return all_stores(tmp_path_factory.mktemp("caches"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("piece", [1, 300, 2**20])
 def test_the_whole_cache_in_pieces(root, piece, device):
@@ -212,6 +213,7 @@ def test_short_reads(root, monkeypatch):
         cache.read(ORDER)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tier", ["page", "disk"])
 def test_few_files_are_open_at_a_time(root, tier, monkeypatch):
     monkeypatch.setattr(shard_files, "OPEN_FILES", 2)

@@ -31,6 +31,7 @@ from tests.small_disk import mounted, stuff
 # -- no room ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_too_small_a_disk_is_said_before_anything_is_computed(tmp_path):
     with mounted(tmp_path / "disk", 3 << 20) as disk:
         root = disk / "cache"
@@ -46,6 +47,7 @@ def test_too_small_a_disk_is_said_before_anything_is_computed(tmp_path):
         assert_whole(root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leave", [0, 5000, 20000])
 def test_a_disk_that_fills_up_meanwhile(tmp_path, leave):
     with mounted(tmp_path / "disk", 3 << 20) as disk:
@@ -64,6 +66,7 @@ def test_a_disk_that_fills_up_meanwhile(tmp_path, leave):
         assert_whole(root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["write_manifest", "write_index"])
 def test_no_room_for_a_document(tmp_path, monkeypatch, what):
     with mounted(tmp_path / "disk", 3 << 20) as disk:
@@ -83,6 +86,7 @@ def test_no_room_for_a_document(tmp_path, monkeypatch, what):
         assert_whole(root)
 
 
+@pytest.mark.slow
 def test_export_to_a_full_disk(tmp_path):
     fill(tmp_path / "cache", MANY)
     folder = Folder.read(folder_of(tmp_path / "cache"))
@@ -127,6 +131,7 @@ def test_a_folder_that_can_only_be_read(tmp_path):
         assert rows_of(opened) == undisturbed()[1]
 
 
+@pytest.mark.slow
 def test_rows_that_no_index_names_serve_where_nothing_can_be_written(tmp_path):
     with mounted(tmp_path / "disk", 4 << 20) as disk:
         fill(disk / "cache", MANY)

@@ -36,6 +36,7 @@ def run_train(models_dir, data, out, *more, model="bert"):
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generator", ["npg", "mppg"])
 def test_train_eval_predict(models_dir, data, tmp_path, generator):
     out = tmp_path / "out"
@@ -76,6 +77,7 @@ def test_train_eval_predict(models_dir, data, tmp_path, generator):
     assert not list(tmp_path.glob("*.part"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["head", "lora", "prompt_tuning", "full"])
 def test_other_methods(models_dir, data, tmp_path, method):
     out = tmp_path / "out"
@@ -88,6 +90,7 @@ def test_other_methods(models_dir, data, tmp_path, method):
     assert trains == (method == "full")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["bert-mlm", "gpt2"])
 def test_cloze(models_dir, data, tmp_path, model):
     """Label words instead of a head, at the mask or as the next token: it learns them."""
@@ -117,6 +120,7 @@ def test_cloze(models_dir, data, tmp_path, model):
     assert right / 8 == results["test"]["accuracy"]
 
 
+@pytest.mark.slow
 def test_folder_with_splits_and_few_shot(models_dir, tmp_path):
     folder = tmp_path / "task"
     folder.mkdir()
@@ -133,6 +137,7 @@ def test_folder_with_splits_and_few_shot(models_dir, tmp_path):
     assert results["train_examples"] == 10 and results["validation"]["examples"] == 10
 
 
+@pytest.mark.slow
 def test_resume(models_dir, data, tmp_path):
     out = tmp_path / "out"
     call = (models_dir, data, out, "--num_train_epochs", "2", "--save_strategy", "epoch")
@@ -181,6 +186,7 @@ def test_wrong_config_files(tmp_path, content, message):
     assert message in refused("train", "--config", path)
 
 
+@pytest.mark.slow
 def test_flags_that_cannot_work(models_dir, data):
     base = ["train", "--model", models_dir / "bert", "--train_file", data["train"]]
     assert "`--model` is missing" in refused("train", "--train_file", data["train"])
@@ -233,6 +239,7 @@ def test_wrong_data(models_dir, data, tmp_path):
     assert ".tsv" in call(train_file=tmp_path / "data.xml")
 
 
+@pytest.mark.slow
 def test_a_text_of_ten_thousand_words(models_dir, data, tmp_path):
     long = write_tsv(tmp_path / "long.tsv", [*ROWS, ("word " * 10_000, "positive")])
     run_train(models_dir, {**data, "train": long}, tmp_path / "out", "--max_length", "32")
@@ -240,6 +247,7 @@ def test_a_text_of_ten_thousand_words(models_dir, data, tmp_path):
     assert predicted.exit_code == 0 and len(predicted.stdout.splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_tokenizers_without_mask_or_pad(models_dir, data, tmp_path):
     call = ["train", "--train_file", data["train"], "--task", "sst2", *SPEED, "--max_length", 32]
     assert "neither a pad token nor an end token" in refused(
@@ -256,6 +264,7 @@ def test_tokenizers_without_mask_or_pad(models_dir, data, tmp_path):
     assert ok.exit_code == 0, ok.output
 
 
+@pytest.mark.slow
 def test_models_that_cannot_be_loaded(models_dir, data, tmp_path):
     call = ["train", "--train_file", data["train"]]
     message = refused(*call, "--model", tmp_path / "nowhere")
@@ -299,6 +308,7 @@ def test_help_imports_nothing_heavy():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_a_second_training_in_the_same_folder(models_dir, data, tmp_path):
     """What is evaluated is what was trained last, not what an earlier adapter left there."""
     out = tmp_path / "out"
@@ -311,6 +321,7 @@ def test_a_second_training_in_the_same_folder(models_dir, data, tmp_path):
         assert f"{100 * results['test']['accuracy']:.1f} %" in shown
 
 
+@pytest.mark.slow
 def test_training_rows_are_no_validation(models_dir, data, tmp_path):
     from datasets import Dataset
 
@@ -326,6 +337,7 @@ def test_training_rows_are_no_validation(models_dir, data, tmp_path):
         assert "validation" not in results and "test" not in results
 
 
+@pytest.mark.slow
 def test_half_precision_is_remembered(models_dir, data, tmp_path):
     out = tmp_path / "out"
     run_train(models_dir, data, out, "--torch_dtype", "bfloat16")
@@ -365,6 +377,7 @@ for order in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_importing_first_or_last_registers_the_method():
     subprocess.run([sys.executable, "-W", "ignore", "-c", IN_FORKS, *ORDERS], check=True)
 
@@ -376,6 +389,7 @@ def test_env():
     )
 
 
+@pytest.mark.slow
 def test_demo(models_dir, tmp_path, monkeypatch):
     """The whole demo on a tiny model: real sentences, both methods, what to type next - and that
     works.
@@ -402,6 +416,7 @@ def test_demo(models_dir, tmp_path, monkeypatch):
     assert 0 < new <= again["validation"]["examples"]
 
 
+@pytest.mark.slow
 def test_predict_pairs_from_stdin(models_dir, tmp_path, monkeypatch):
     rows = [(a, b, str(int(a == b))) for a in GOOD for b in GOOD]
     path = write_tsv(tmp_path / "pairs.tsv", rows, header="one\ttwo\tlabel")

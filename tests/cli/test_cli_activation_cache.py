@@ -28,6 +28,7 @@ def same_numbers(a: dict, b: dict, **tolerance) -> None:
     assert b["train_loss"] == pytest.approx(a["train_loss"], **tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "formulation", "smoothing"),
     [
@@ -75,6 +76,7 @@ def test_train(models_dir, data, tmp_path, model, formulation, smoothing):
     assert f"{100 * results_of(adapter)['test']['accuracy']:.1f} %" in shown
 
 
+@pytest.mark.slow
 def test_resume(models_dir, data, tmp_path):
     call = (models_dir, data, tmp_path / "out", "--activation_cache", tmp_path / "cache")
     call = (*call, "--num_train_epochs", "2", "--save_strategy", "epoch")
@@ -84,6 +86,7 @@ def test_resume(models_dir, data, tmp_path):
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == first
 
 
+@pytest.mark.slow
 def test_what_does_not_go_together(models_dir, data, tmp_path):
     base = ["train", "--model", models_dir / "bert", "--train_file", data["train"]]
     base += ["--output_dir", tmp_path / "out", "--use_cpu", "--max_length", 32]

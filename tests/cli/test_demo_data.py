@@ -42,6 +42,7 @@ def rows_of(dataset):
     return [row for rows in dataset.values() for row in rows]
 
 
+@pytest.mark.slow
 def test_size_and_classes(dataset):
     assert list(dataset) == ["train", "validation", "test"]
     counts = Counter(row["label"] for row in rows_of(dataset))
@@ -70,6 +71,7 @@ def test_no_leaking_names_and_no_markup(dataset):
         assert row["text"].isascii() and row["text"][0].isupper() and row["text"][-1] in ".!?"
 
 
+@pytest.mark.slow
 def test_same_rows_in_a_fresh_process(dataset):
     # A fresh process has another seed for hash(), and sees the imports the module needs.
     script = (
@@ -189,12 +191,14 @@ def test_refused_sentences(sentence):
     assert not demo_data.is_english_sentence(sentence)
 
 
+@pytest.mark.slow
 def test_missing_packages_give_a_clear_error(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match=r"pip install torch numpy pandas sympy networkx"):
         build_demo_dataset()
 
 
+@pytest.mark.slow
 def test_one_missing_package_leaves_its_class_out(monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(

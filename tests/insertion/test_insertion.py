@@ -179,6 +179,7 @@ def test_wrong_masks_and_buffers():
         insert_prompt_(buffer.detach()[:-1], cu, "appg", weights, M)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiles_as_one_graph(kind):
     """Forward and backward of the plain PyTorch way, another length included."""
@@ -196,6 +197,7 @@ def test_compiles_as_one_graph(kind):
             torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_importing_asks_for_no_gpu():
     """Neither the kernels nor the operator look for a device, or import more than they need."""
     code = """

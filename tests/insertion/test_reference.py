@@ -116,6 +116,7 @@ def test_wider_weights_are_not_narrowed(kind, dtype):
     torch.testing.assert_close(got, wide.to(dtype), atol=0, rtol=0)
 
 
+@pytest.mark.slow
 def test_pooling_bins_are_torchs():
     """Every n from 1 to 50 and m from 1 to 25."""
     for m in range(1, 26):

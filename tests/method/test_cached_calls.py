@@ -184,6 +184,7 @@ def test_the_base_model_needs_the_text(lm):
     assert model(cached_hidden=None, **batch()).logits.shape == (5, 9, 99)
 
 
+@pytest.mark.slow
 def test_heads_that_need_more_than_states():
     for head in (tf.T5ForSequenceClassification, tf.T5ForQuestionAnswering):
         base, model = adapted("t5", base=head(tf.T5Config(**CONFIGS["t5"])).eval())
@@ -207,6 +208,7 @@ def test_a_batch_is_checked_by_its_guard(lm):
 # -- the stock Trainer -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_trainer(family, tmp_path):
     """Training, evaluation and prediction on batches of states equal those on texts."""

@@ -26,6 +26,7 @@ from tests.tiny import CAUSAL, CONFIGS, FAMILIES, LAYERS, batch, tiny
 from tests.train.cases import assert_same, trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("k", "generator"), [(1, "appg"), (2, "npg"), (3, "mppg")])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family, k, generator):
@@ -79,6 +80,7 @@ TASKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "task"), TASKS)
 def test_every_task_type(family, task):
     """Through PEFT's own wrapper of each, with labels: output, loss and all gradients."""
@@ -261,6 +263,7 @@ def test_dtypes(family):
     assert outs[0].dtype == torch.bfloat16 and torch.equal(*outs)
 
 
+@pytest.mark.slow
 def test_compiled():
     base, model = adapted("bert", "SEQ_CLS", task="SEQ_CLS")
     compiled = torch.compile(model, backend="eager")

@@ -30,6 +30,7 @@ def logits_of(out) -> torch.Tensor:
     return out.start_logits if hasattr(out, "start_logits") else out.logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "kind"), KINDS.items())
 @pytest.mark.parametrize("generator", ["static", "npg", "mppg", "attention", "residual"])
 def test_save_and_load(family, kind, generator, tmp_path):
@@ -126,6 +127,7 @@ def test_several_adapters(tmp_path):
         model.base_model.set_adapter(["default", "second"])
 
 
+@pytest.mark.slow
 @torch.no_grad()  # sdpa takes another way when weights want gradients, and "exactly" means exactly
 @pytest.mark.parametrize("family", FAMILIES)
 def test_disable_and_unload_give_the_base_model(family):
@@ -229,6 +231,7 @@ def test_mixed_adapter_batches_are_refused():
         model(**batch(), adapter_names=["default", "__base__", "default", "default", "default"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize(
     "family", ["bert", "deberta-v2", "modernbert", "gpt2", "opt", "llama", "t5"]

@@ -75,6 +75,7 @@ def test_adapters_with_different_labels():
     assert model.peft_config["plain"].num_labels == 2
 
 
+@pytest.mark.slow
 def test_auto_model_for_other_tasks(base_dir, tmp_path):
     model = get_peft_model(
         AutoModel.from_pretrained(base_dir("bert", "base")), lpt(task_type="FEATURE_EXTRACTION")
@@ -96,6 +97,7 @@ def test_auto_model_for_other_tasks(base_dir, tmp_path):
     )
 
 
+@pytest.mark.slow
 @needs_heads
 def test_transformers_own_adapter_methods(tmp_path):
     """model.add_adapter / load_adapter / set_adapter / disable_adapters, without a PeftModel."""

@@ -166,6 +166,7 @@ def test_context_lengths(family, generator, side):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", CAUSAL)
 @pytest.mark.parametrize("generator", ["npg", "appg", "mppg"])
 def test_the_answer_never_reaches_the_prompt(family, generator):
@@ -224,6 +225,7 @@ def step_by_step(model, inputs, steps):
     return ids
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("generator", ["npg", "mppg"])
 @pytest.mark.parametrize("k", [1, 3])
@@ -244,6 +246,7 @@ def test_generate(family, k, generator):
         assert model.generate(**inputs, **settings).tolist() != expected.tolist()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_logits_of_cached_steps():
     """Not only the arg-max: the logits of a cached step equal those of a run over everything."""

@@ -19,6 +19,7 @@ from tests.packed.cases import Imitation, assert_same, labels_for, outcome, pair
 from tests.tiny import batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generator", ["static", "npg", "mppg", "residual"])
 @pytest.mark.parametrize("head", ["SEQ_CLS", "TOKEN_CLS"])
 @pytest.mark.parametrize("family", ["bert", "gpt2", "qwen3"])
@@ -211,6 +212,7 @@ def test_when_a_graph_is_not_used(monkeypatch):
         p.requires_grad_(True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["generator", "frozen", "dropout"])
 def test_graphs_of_other_weights_are_dropped(part, monkeypatch):
     base, model = pair("bert", "SEQ_CLS")

@@ -26,6 +26,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 2, LAYERS - 1])
 @pytest.mark.parametrize(("family", "head"), CASES)
 def test_equals_the_padded_way(family, head, k):
@@ -49,6 +50,7 @@ def test_equals_the_padded_way(family, head, k):
             torch.testing.assert_close(got[1], expected[1], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generator", GENERATORS)
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 @pytest.mark.parametrize("k", [1, LAYERS - 1])
@@ -64,6 +66,7 @@ def test_every_generator_from_text_and_cache(family, generator, k):
         assert_same(outcome(model, "packed", cached_hidden=rows, **labels), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["products", "sdpa"])
 @pytest.mark.parametrize("family", [*ENCODERS, *DECODERS])
 def test_double_precision(family, way, monkeypatch):
@@ -158,6 +161,7 @@ def test_a_batch_serves_twice_before_a_backward():
 # -- what a head reads -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("upper", ["packed", "padded"])
 @pytest.mark.parametrize("source", ["right", "left", "cache"])
 @pytest.mark.parametrize("family", ["bert", "roberta", "electra", "gpt2", "llama", "qwen3"])
@@ -313,6 +317,7 @@ def test_every_block_is_a_known_family():
     assert set(BLOCKS) <= set(FAMILIES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["SEQ_CLS", "TOKEN_CLS"])
 @pytest.mark.parametrize("generator", ["npg", "mppg"])
 @pytest.mark.parametrize("family", ["bert", "gpt2", "qwen3"])

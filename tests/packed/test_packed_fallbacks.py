@@ -22,6 +22,7 @@ def test_said_once(caplog):
     assert len(said(caplog)) == 1
 
 
+@pytest.mark.slow
 def test_falls_back(caplog):
     def made(family="bert", head="SEQ_CLS", **more):
         config = {n: more.pop(n) for n in ("upper_dropout",) if n in more}

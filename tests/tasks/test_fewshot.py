@@ -87,6 +87,7 @@ def test_unknown_label_column():
         few_shot_split(data(a=6, b=4), 2, 13)
 
 
+@pytest.mark.slow
 def test_real_trec_keeps_its_rare_class():
     if not DATA.is_dir():
         pytest.skip("no shared data here")

@@ -69,6 +69,7 @@ def test_all_is_text_in_tsv_and_csv(tmp_path, suffix):
     assert {feature.dtype for feature in data.features.values()} == {"string"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".tsv", ".csv", ".json", ".jsonl", ".parquet"])
 def test_nothing_is_left_behind_and_10_000_rows_are_quick(tmp_path, monkeypatch, capfd, suffix):
     rows = [{"text": f"the {i}th text", "label": str(i % 5)} for i in range(10_000)]
@@ -120,6 +121,7 @@ def test_parquet_keeps_class_names(tmp_path):
     assert encode_labels(back, "label", ["a", "b"])["labels"][:] == [0, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sst2", "mpqa", "mr", "subj", "trec"])
 def test_real_data(name):
     if not DATA.is_dir():

@@ -54,6 +54,7 @@ def losses(model, inputs, labels) -> list[float]:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SUBJ.exists(), reason="the shared data is not here")
 def test_real_sentences(tmp_path):
     """MiniLM, three epochs of 500 sentences with dropout, once from the text, once from the
@@ -96,6 +97,7 @@ def test_real_sentences(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_the_stock_trainer(family, tmp_path):
     """Rows are read where batches are made; training and evaluation equal those on the text."""

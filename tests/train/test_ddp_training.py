@@ -96,6 +96,7 @@ def whole(cache, tmp_path_factory):
     return told
 
 
+@pytest.mark.slow
 def test_one_process_trains_as_the_stock_trainer(whole, tmp_path):
     """On the text, with its own sampler: the same examples in the same order."""
     model = adapted()
@@ -111,6 +112,7 @@ def test_one_process_trains_as_the_stock_trainer(whole, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_several_processes_train_as_one(cache, whole, tmp_path, world):
     told = run(world, cache=cache, out=tmp_path, count=COUNT, batch=BATCH // world)
@@ -136,6 +138,7 @@ def stopped(cache, tmp_path_factory):
     return told, out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 4])
 def test_resuming_on_other_processes(cache, whole, stopped, tmp_path, world):
     before, out = stopped
@@ -147,6 +150,7 @@ def test_resuming_on_other_processes(cache, whole, stopped, tmp_path, world):
     assert epochs_of([*before, *told]) == epochs_of([whole])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "batch", "accumulation"), [(4, 4, 1), (1, 3, 1), (2, 3, 3)])
 def test_resuming_with_another_batch(cache, whole, stopped, tmp_path, world, batch, accumulation):
     """More processes of the same batch each, or an odd size: the order goes on at the same
@@ -229,6 +233,7 @@ def test_a_cursor_that_is_none(tmp_path):
         Cursor.read(tmp_path)
 
 
+@pytest.mark.slow
 def test_another_seed_or_data_set_is_refused(cache, stopped, tmp_path):
     checkpoint = str(last_checkpoint(stopped[1]))
     with pytest.raises(ValueError, match="with the seed .* 7, got 8, with which examples would be"):

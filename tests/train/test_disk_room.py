@@ -13,6 +13,7 @@ from tests.cli.test_cli import SPEED
 from tests.small_disk import mounted, stuff
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leave", [0, 60_000, 400_000, 760_000, 900_000, 1_300_000])
 def test_training(models_dir, data, tmp_path, leave):
     with mounted(tmp_path / "disk", 8 << 20) as disk:

@@ -62,6 +62,7 @@ def sharded(rank, port, out) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_with_a_part_each(tmp_path):
     expected = trained(adapted(), tmp_path / "one", batch=8)
     port = free_port()
@@ -123,6 +124,7 @@ def filled_in_parts(rank, port, root) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_cache_and_a_model_in_parts(tmp_path):
     """It has the identity of the whole model, and fills a cache with the same rows."""
     whole = adapted()

@@ -34,6 +34,7 @@ class _Watch(TrainerCallback):
         self.graphs = find_backbone(model)[1].late_prompt.graphs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_a_training_by_graphs_gives_the_same_weights(family, tmp_path, monkeypatch):
     """Accumulation, evaluation between, a checkpoint and going on from it."""

@@ -41,6 +41,7 @@ ROWS = int(os.environ.get("LPT_TREC_ROWS", 200))
 CLOSE = {"atol": 1e-6, "rtol": 1e-4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "deberta"])
 def test_weights_and_metrics_equal_those_of_the_stock_trainer(tmp_path, family):
     """Three epochs, same arguments, same order; every text runs below the prompt once."""
@@ -65,6 +66,7 @@ def test_weights_and_metrics_equal_those_of_the_stock_trainer(tmp_path, family):
     assert fast.state.total_flos == plain.state.total_flos > 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not TREC.exists(), reason="the shared data is not here")
 def test_minilm_on_trec(tmp_path):
     """Three epochs from an exact cache, packed, give the weights of the stock Trainer on the text,
@@ -112,6 +114,7 @@ def test_minilm_on_trec(tmp_path):
         assert difference <= 1e-4 * torch.linalg.vector_norm(text[weight]), weight
 
 
+@pytest.mark.slow
 def test_without_a_cache_it_is_trainer(tmp_path):
     """No bit differs, and the columns that a late prompt reads stay."""
     models = [model_of("gpt2", "CAUSAL_LM") for _ in range(2)]
@@ -141,6 +144,7 @@ def test_without_a_cache_it_is_trainer(tmp_path):
     assert_same(*map(trained, models), atol=0, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("filters", [True, False])
 def test_losses_that_are_no_numbers(tmp_path, monkeypatch, filters):
     """What is logged is stock Trainer's, and nobody looks at a loss on the way: on a GPU each look
@@ -181,6 +185,7 @@ def test_losses_that_are_no_numbers(tmp_path, monkeypatch, filters):
 # -- order and steps -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -210,6 +215,7 @@ def test_arguments_mean_what_they_mean(tmp_path, settings):
     assert ("include_num_input_tokens_seen" in settings) == (b.state.num_input_tokens_seen > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_resumed_in_mid_epoch(tmp_path, accumulate, dropout):
@@ -242,6 +248,7 @@ def test_resumed_in_mid_epoch(tmp_path, accumulate, dropout):
 # -- evaluation ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["roberta", "qwen3"])
 def test_evaluate_and_predict(tmp_path, family):
     def metrics(prediction):
@@ -270,6 +277,7 @@ def test_evaluate_and_predict(tmp_path, family):
     assert "test_loss" in cp.metrics and "test_loss" not in cu.metrics
 
 
+@pytest.mark.slow
 def test_several_evaluation_sets_and_the_best_model(tmp_path):
     settings = {
         "eval_dataset": {"one": rows(16, seed=1), "two": rows(11, seed=2)},
@@ -301,6 +309,7 @@ def test_several_evaluation_sets_and_the_best_model(tmp_path):
 # -- what the user sees ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_folder_is_all_that_is_added(tmp_path, caplog):
     """A folder that is not there yet; a data set with columns of no use; a second run finds the
     rows; the reason for the tier is logged once.
@@ -327,6 +336,7 @@ def test_a_folder_is_all_that_is_added(tmp_path, caplog):
     assert cache.identity.store == "bf16" and len(cache) == 32
 
 
+@pytest.mark.slow
 def test_every_new_model_has_its_own_rows(tmp_path):
     """`model_init` may give another layer, and other weights below the same one."""
     made = iter(((1, 0), (1, 0), (3, 0), (3, 1)))  # (Trainer makes one before it trains.)
@@ -353,6 +363,7 @@ def test_every_new_model_has_its_own_rows(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_torch_compile(tmp_path):
     data = [row for row in rows() if len(row["input_ids"]) == 6]  # one shape is compiled once
     models = [model_of(), model_of()]

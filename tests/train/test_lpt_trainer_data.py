@@ -47,6 +47,7 @@ class Items(torch.utils.data.Dataset):
         return self.items[i]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["list", "torch", "datasets", "tensors"])
 @pytest.mark.parametrize("remove", [True, False])
 def test_kinds_of_data_sets(tmp_path, kind, remove):
@@ -72,6 +73,7 @@ def test_kinds_of_data_sets(tmp_path, kind, remove):
     assert_same(trained(models[1]), trained(models[0]), **CLOSE)
 
 
+@pytest.mark.slow
 def test_columns_that_a_text_needs(tmp_path):
     """Types and positions are part of a text, and stay; context_lengths reach the model."""
     data = [
@@ -111,6 +113,7 @@ class OwnHead(BertForSequenceClassification):
         return super().forward(input_ids, labels=labels, **kwargs)
 
 
+@pytest.mark.slow
 def test_columns_that_a_head_hands_on(tmp_path):
     """A head of one's own need not name the types of a text."""
     data = [row for row in rows() if len(row["input_ids"]) == 6]
@@ -129,6 +132,7 @@ def test_columns_that_a_head_hands_on(tmp_path):
     assert trainer.label_names == ["labels"]
 
 
+@pytest.mark.slow
 def test_columns_that_the_model_does_not_take(tmp_path):
     """Trainer drops them, so the rows are of the text without them."""
     data = [{**row, "position_ids": [7] * len(row["labels"])} for row in with_labels("token")]
@@ -144,6 +148,7 @@ def test_columns_that_the_model_does_not_take(tmp_path):
 # -- what cannot work ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_models_without_a_late_prompt(tmp_path):
     plain = tiny("bert", "SEQ_CLS")
     with pytest.raises(ValueError, match=r"got a BertForSequenceClassification, expected .*LPTCon"):
@@ -166,6 +171,7 @@ def test_models_without_a_late_prompt(tmp_path):
         ).train()
 
 
+@pytest.mark.slow
 def test_data_without_labels(tmp_path):
     data = [{n: v for n, v in row.items() if n != "labels"} for row in rows()]
 
@@ -189,6 +195,7 @@ def test_data_without_labels(tmp_path):
     trainer.train()  # a collator may make them
 
 
+@pytest.mark.slow
 def test_texts_that_cannot_be(tmp_path):
     """A text that is too long, in the evaluation data, is said before anything is trained."""
     long = [{"input_ids": [5] * 65, "attention_mask": [1] * 65, "labels": 0}]
@@ -208,6 +215,7 @@ def test_texts_that_cannot_be(tmp_path):
         trainer.evaluate()
 
 
+@pytest.mark.slow
 def test_a_collator_that_changes_text(tmp_path):
     """Not the first batch but the third is changed; each is looked at."""
     steps = []
@@ -243,6 +251,7 @@ def test_a_collator_that_changes_text(tmp_path):
     changed(input_ids=lambda b: b["input_ids"].tolist())
 
 
+@pytest.mark.slow
 def test_data_that_changes(tmp_path):
     """A data set whose second reading is another text."""
 
@@ -260,6 +269,7 @@ def test_data_that_changes(tmp_path):
         trainer.train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["weights", "layer", "dtype"])
 def test_a_cache_of_another_model(tmp_path, other):
     cache_model = model_of(insertion_layer=1 if other == "layer" else K)
@@ -280,6 +290,7 @@ def test_a_cache_of_another_model(tmp_path, other):
     cached(model, tmp_path, tmp_path / "own", **settings).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_the_cache_is_gone_in_mid_run(tmp_path):
     """The error names a file; the last checkpoint loads, and with the cache made again the run ends
     as if nothing had been.

@@ -26,6 +26,7 @@ from tests.train.cases import (
 # -- labels of tokens ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "multiple"), [("right", 1), ("right", 8), ("left", 8)])
 @pytest.mark.parametrize(
     ("family", "kind", "labels"),
@@ -47,6 +48,7 @@ def test_labels_stay_at_their_tokens(tmp_path, family, kind, labels, side, multi
         assert line[:size].tolist() == row["labels"] and (line[size:] == -100).all()
 
 
+@pytest.mark.slow
 def test_question_answering(tmp_path):
     """Texts of one length: transformers' loss looks at padding too, which no cache keeps."""
     data = [row for row in with_labels("places", 40) if len(row["input_ids"]) == 6]
@@ -68,6 +70,7 @@ def test_question_answering(tmp_path):
         fast.evaluate(ragged)
 
 
+@pytest.mark.slow
 def test_labels_of_padding_are_refused(tmp_path):
     data = with_labels("token")
     fill = padded_labels()
@@ -94,6 +97,7 @@ class Watch(LPTTrainer):
         return inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize(
     ("family", "kind", "side"),
@@ -139,6 +143,7 @@ def test_readout(tmp_path, family, kind, side, use_cache):
     assert all("readout" in inputs for inputs in fast.given)
 
 
+@pytest.mark.slow
 def test_readout_is_for_one_label_and_the_models_own_loss(tmp_path):
     def given(settings=None, cls=Watch, labels="one", **more):
         model = model_of("gpt2", "CAUSAL_LM")

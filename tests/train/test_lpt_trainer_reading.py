@@ -47,6 +47,7 @@ class Slow:
         monkeypatch.setattr(ActivationCache, "reading_aside", reading_aside)
 
 
+@pytest.mark.slow
 def test_batches_are_read_while_a_step_runs(tmp_path, monkeypatch):
     slow = Slow(monkeypatch)
     model = model_of()
@@ -69,6 +70,7 @@ def test_batches_are_read_while_a_step_runs(tmp_path, monkeypatch):
     assert not readers()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["stop", "error", "evaluation", "whole"])
 def test_the_thread_ends_with_the_loop(tmp_path, end):
     class Fail(TrainerCallback):
@@ -99,6 +101,7 @@ def test_the_thread_ends_with_the_loop(tmp_path, end):
     assert not readers()
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_on_the_thread_is_raised_as_itself(tmp_path):
     model = model_of()
     cache = ActivationCache.open(tmp_path / "cache", model, store="fp32", tier="page")
@@ -178,6 +181,7 @@ def test_a_cache_that_is_opened_again(tmp_path):
         torch.testing.assert_close(got.text(), wanted.text(), atol=0, rtol=0)
 
 
+@pytest.mark.slow
 def test_more_data_while_a_batch_waits(tmp_path):
     """An evaluation on new texts in the middle of an epoch: rows are added while one is read."""
     models = [model_of(), model_of()]

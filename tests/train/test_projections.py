@@ -62,6 +62,7 @@ def projected(monkeypatch) -> list[int]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, LAYERS - 2])
 @pytest.mark.parametrize("head", ["SEQ_CLS", "TOKEN_CLS"])
 @pytest.mark.parametrize("family", [*ENCODERS, *DECODERS])
@@ -141,6 +142,7 @@ def test_texts_once_and_only_those_that_are_asked_for(tmp_path):
         Projections(find_late_prompt(model), opened, keys[:2], 3455)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "words"),
     [
@@ -163,6 +165,7 @@ def test_of_no_use(tmp_path, config, words, caplog):
 # -- LPTTrainer ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "half"), [(0, False), (2, False), (0, True)])
 def test_training(tmp_path, projected, workers, half, caplog):
     """Held and not held, in fp32 and under the Trainer's autocast: one training. Worker processes
@@ -191,6 +194,7 @@ def test_training(tmp_path, projected, workers, half, caplog):
     assert_same_weights(weights[None], weights.get(True, weights[None]), atol=0, rtol=0)
 
 
+@pytest.mark.slow
 def test_nothing_is_held_after_training(tmp_path, monkeypatch):
     """Nor twice in the next one: the Trainer and its DataLoader live on."""
     made, alive = [], []
@@ -213,6 +217,7 @@ def test_nothing_is_held_after_training(tmp_path, monkeypatch):
     assert len(made) == 2
 
 
+@pytest.mark.slow
 def test_no_room(tmp_path, monkeypatch, projected, caplog):
     monkeypatch.setattr(planner.psutil, "virtual_memory", lambda: Memory())
     caplog.set_level(logging.INFO, logger="lpt_fast.train.projections")

@@ -16,6 +16,7 @@ from tests.tiny import batch, tiny
 from tests.train.cases import assert_same, collate, new_model, rows, trained, trainer_for
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generator", ["static", "npg", "appg", "mppg", "attention", "residual"])
 def test_training_lowers_the_loss(tmp_path, generator):
     model = new_model(generator=generator)
@@ -52,6 +53,7 @@ class Gradients(Trainer):
         return optimizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_gradient_accumulation_equals_one_big_batch(tmp_path, family):
     grads = []
@@ -75,6 +77,7 @@ def test_gradient_accumulation_equals_one_big_batch(tmp_path, family):
     assert_same(*grads, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_resume_equals_an_uninterrupted_run(tmp_path):
     settings = {"num_train_epochs": 3, "save_strategy": "epoch", "seed": 5}
     whole = new_model()
@@ -99,6 +102,7 @@ def test_resume_equals_an_uninterrupted_run(tmp_path):
     assert_same(trained(second), trained(whole), atol=0, rtol=0)
 
 
+@pytest.mark.slow
 def test_load_best_model_at_end(tmp_path):
     """The best epoch's weights come back, and what trained still trains."""
     model = new_model()
@@ -122,6 +126,7 @@ def test_load_best_model_at_end(tmp_path):
     model(**collate(rows(4))).loss.backward()
 
 
+@pytest.mark.slow
 def test_label_smoothing(tmp_path):
     losses = []
     for smoothing in (0.0, 0.3):
@@ -243,6 +248,7 @@ def test_dropout_is_where_it_should_be():
     assert outputs == {"none": True, "prompt": False, "upper": False}
 
 
+@pytest.mark.slow
 def test_copy_in_training_mode_survives(tmp_path):
     model = new_model().train()
     twin = copy.deepcopy(model)
