@@ -143,6 +143,7 @@ def test_explicit_position_ids_left_padded(family):
         torch.testing.assert_close(again[row, :n], b[row, :n], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_states_and_attentions(family):
     base, model, _ = adapted(family, attention="eager", insertion_layer=2)

@@ -284,6 +284,7 @@ sys.exit(main.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_needs_torch_alone(tmp_path):
     out = tmp_path / "kernels.jsonl"
     call = ["--device", "cpu", "--quick", "--op", "copy", "--shape", SHAPE, "--out", str(out)]

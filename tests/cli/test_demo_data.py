@@ -54,6 +54,7 @@ def test_size_and_classes(dataset):
         assert all(set(row) == {"text", "label"} for row in rows)
 
 
+@pytest.mark.slow
 def test_no_duplicates_and_no_shared_openings(dataset):
     keys = [normalise(row["text"]) for row in rows_of(dataset)]
     assert len(keys) == len(set(keys))
@@ -62,6 +63,7 @@ def test_no_duplicates_and_no_shared_openings(dataset):
     assert len(openings) == len(set(openings))
 
 
+@pytest.mark.slow
 def test_no_leaking_names_and_no_markup(dataset):
     for row in rows_of(dataset):
         words = re.findall(r"[a-z]+", row["text"].lower())
@@ -87,6 +89,7 @@ def test_same_rows_in_a_fresh_process(dataset):
     assert json.loads(done.stdout) == dataset
 
 
+@pytest.mark.slow
 def test_split_depends_on_neither_cap_nor_seed(dataset, read_once):
     split = {row["text"]: name for name, rows in dataset.items() for row in rows}
     for other in (build_demo_dataset(max_per_class=60), build_demo_dataset(seed=7)):

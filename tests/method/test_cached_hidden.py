@@ -41,6 +41,7 @@ def test_every_family(family, k, generator):
     assert not torch.allclose(run(model, at, cached_hidden=other)[0], expected[0], atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generator", ["static", "npg", "appg", "mppg", "attention", "residual"])
 @pytest.mark.parametrize("family", ["roberta", "gpt2"])
 def test_every_generator_without_padding(family, generator):
@@ -187,6 +188,7 @@ def test_positions_of_the_batch(family):
 # -- the layers below, modes and dtypes ------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_below_the_insertion_runs(family, k):

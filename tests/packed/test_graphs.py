@@ -242,6 +242,7 @@ def test_a_bucket_has_to_come_again(monkeypatch):
         assert len(seen) == (calls > 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("family", ["bert", "gpt2", "qwen3"])
 def test_under_autocast(family, weights, monkeypatch):
