@@ -71,6 +71,8 @@ def read_file(path: Path) -> Dataset:
             copy.write_bytes(content)
             source = glob.escape(str(copy))
         features = _text_features(path, content, dialect)
+        # A line without anything is no row, but where a row has one column it is one without text.
+        dialect["skip_blank_lines"] = len(features) > 1
         with _mistakes_named(path):
             return Dataset.from_csv(source, features=features, **dialect, **options)
 

@@ -100,7 +100,8 @@ def label_names(
     if names:
         return list(names)
     try:
-        return sorted(keys, key=int)
+        # ("1", "+1" and "01" are labels of their own: by their spelling, for a set has no order.)
+        return sorted(keys, key=lambda key: (int(key), key))
     except ValueError:
         return sorted(keys)
 

@@ -1,6 +1,9 @@
 """Readers: what the file says is what comes back, and mistakes name file, row and way out."""
 
 import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -313,3 +316,34 @@ def test_hidden_labels_of_the_hub_are_named():
     data = datasets.Dataset.from_dict({"label": [0, -1]}, features=features)
     with pytest.raises(ValueError, match=r"no label \(-1\) in row 2.*labelled split"):
         encode_labels(data, "label", ["a", "b"])
+
+
+@pytest.mark.parametrize("seed", ["1", "2", "3", "4"])
+def test_class_order_does_not_depend_on_the_process(tmp_path, seed):
+    """Labels that are equal as numbers are classes of their own, in an order of the data alone."""
+    (tmp_path / "train.tsv").write_text("text\tlabel\na\t+1\nb\t1\nc\t01\nd\t-1\ne\t10\n")
+    code = (
+        "import sys; from lpt_fast.tasks import label_names, read_split;"
+        "print(label_names(read_split(sys.argv[1])))"
+    )
+    env = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
+    call = [sys.executable, "-c", code, str(tmp_path / "train.tsv")]
+    done = subprocess.run(call, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['-1', '+1', '01', '1', '10']"
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".csv"])
+@pytest.mark.parametrize("blank", ["", "   ", "\r"])
+def test_blank_rows_of_one_column_are_rows(tmp_path, suffix, blank):
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(f"text\nfirst\n{blank}\nthird\n".encode())
+    with pytest.raises(ValueError, match=r"got an empty text in row 2 of column 'text'"):
+        read_split(path, text_columns="text", label_column=None)
+    assert len(read_split(path, label_column=None)) == 3
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".csv"])
+def test_blank_lines_between_rows_of_several_columns_are_none(tmp_path, suffix):
+    path, sep = tmp_path / f"rows{suffix}", "\t" if suffix == ".tsv" else ","
+    path.write_text(f"text{sep}label\nfirst{sep}a\n\nsecond{sep}b\n\n")
+    assert read_split(path)["text"] == ["first", "second"]
