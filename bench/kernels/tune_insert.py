@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from lpt_kernels import attention, insert, insert_config
+from lpt_kernels import attention, insert, insert_backward, insert_config
 
 from ..case import offsets
 from ..shapes import HEADLINE, shape_of
@@ -45,9 +45,9 @@ ATTENTION = {
 
 
 @contextmanager
-def seen(module, change: Callable = lambda name, options: options) -> Iterator[list]:
-    """Kernels that `module` starts, after they ran: (name, function that starts it again)."""
-    found, start = [], module.launch
+def seen(*modules, change: Callable = lambda name, options: options) -> Iterator[list]:
+    """Kernels that `modules` start, after they ran: (name, function that starts it again)."""
+    found, start = [], modules[0].launch
 
     def launch(kernel, grid, **options):
         name = kernel.fn.__name__ if hasattr(kernel, "fn") else kernel.__name__
@@ -55,11 +55,13 @@ def seen(module, change: Callable = lambda name, options: options) -> Iterator[l
         start(kernel, grid, **options)
         found.append((name, lambda: start(kernel, grid, **options)))
 
-    module.launch = launch
+    for module in modules:
+        module.launch = launch
     try:
         yield found
     finally:
-        module.launch = start
+        for module in modules:
+            module.launch = start
 
 
 def microseconds(call: Callable, repeats: int = 7, calls: int = 8) -> float:
@@ -104,20 +106,21 @@ def insertion(kind: str, shape, dtype, device) -> Callable:
 def insert_rows(part: str, shape, dtype, device) -> Iterator[tuple[str, Callable]]:
     kernel, kind = PARTS[part]
     run = insertion(kind, shape, dtype, device)
-    table = insert_config.FP32 if dtype == torch.float32 else insert_config.HALF
+    table = insert_config.table_of(dtype)
     own = table[kernel]
     for config in dict.fromkeys((own, *insert_config.candidates(kernel, shape.D))):
         table[kernel] = replace(config, BLOCK_R=own.BLOCK_R)
         try:
-            with seen(insert) as found:
+            with seen(insert, insert_backward) as found:
                 run()
-            calls = [call for name, call in found if kernel.endswith(name.removesuffix("_kernel"))]
-            said = f"T {config.BLOCK_T} D {config.BLOCK_D} warps {config.num_warps}"
-            yield f"{said} stages {config.num_stages}{' *' if config == own else ''}", calls[0]
         except Exception as error:  # too much shared memory, say
             print(f"{part}: {config}: {type(error).__name__}")
+            continue
         finally:
             table[kernel] = own
+        calls = [call for name, call in found if kernel.endswith(name.removesuffix("_kernel"))]
+        said = f"T {config.BLOCK_T} D {config.BLOCK_D} warps {config.num_warps}"
+        yield f"{said} stages {config.num_stages}{' *' if config == own else ''}", calls[0]
 
 
 def attention_rows(part: str, shape, dtype, device) -> Iterator[tuple[str, Callable]]:
@@ -128,14 +131,16 @@ def attention_rows(part: str, shape, dtype, device) -> Iterator[tuple[str, Calla
     kernel = ATTENTION[part]
     for warps, stages in itertools.product((2, 4, 8), (1, 2, 3)):
         options = {"num_warps": warps, "num_stages": stages}
+        change = lambda n, o, new=options: o | new if n == kernel else o  # noqa: E731
         try:
-            with seen(attention, lambda n, o, new=options: o | new if n == kernel else o) as found:
+            with seen(attention, change=change) as found:
                 out = operator.functions["triton"](inputs)
                 out.backward(torch.ones_like(out))
-            calls = [call for name, call in found if name == kernel]
-            yield f"warps {warps} stages {stages}", calls[0]
         except Exception as error:
             print(f"{part}: {options}: {type(error).__name__}")
+            continue
+        calls = [call for name, call in found if name == kernel]
+        yield f"warps {warps} stages {stages}", calls[0]
 
 
 def main(arguments: list[str] | None = None) -> int:

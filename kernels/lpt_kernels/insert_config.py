@@ -108,10 +108,16 @@ def chunks_of(count: int, block: int, blocks: int, programs: int = PROGRAMS) -> 
     return chunk, max(ceil_div(count, chunk), 1)
 
 
+def table_of(dtype: torch.dtype) -> dict[str, Config]:
+    """Kernel -> its configuration on this GPU, for hidden states of a dtype."""
+    if dtype == torch.float32:
+        return FP32
+    return HALF if on_hopper() else HALF_ELSEWHERE
+
+
 def config_of(kernel: str, dtype: torch.dtype, D: int) -> Config:
     """The default of a kernel."""
-    half = HALF if on_hopper() else HALF_ELSEWHERE
-    return _narrow((FP32 if dtype == torch.float32 else half)[kernel], D)
+    return _narrow(table_of(dtype)[kernel], D)
 
 
 def _narrow(config: Config, D: int) -> Config:
