@@ -26,17 +26,13 @@ from tests.interpreter.frozen_rule import (
     torch_layer_norm,
     torch_rms_norm,
 )
+from tests.interpreter.frozen_rule import poisoned_memory as poisoned_memory
 
-# Extremes overflow where that does not count.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """New memory is NaN, so that an element that no kernel writes shows."""
-    empty = torch.empty
-    nan = lambda *a, **k: empty(*a, **k).fill_(float("nan"))  # noqa: E731
-    monkeypatch.setattr(torch, "empty", nan)
+pytestmark = [
+    # Extremes overflow where that does not count.
+    pytest.mark.filterwarnings("ignore:overflow encountered"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 
 
 # --- norms ----------------------------------------------------------------------------------------
