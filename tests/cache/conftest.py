@@ -1,4 +1,4 @@
-"""Caches that the tests of damage start from."""
+"""A model to cache, and caches that the tests of damage start from."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ from tests.cache.cases import (
 from tests.cache.damage import (
     DATA,
 )
+from tests.tiny import tiny
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("bert")
 
 
 @pytest.fixture(scope="module")

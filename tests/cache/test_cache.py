@@ -14,11 +14,6 @@ from tests.cache.cached_texts import alone, assert_rows, counted, filled, ragged
 from tests.tiny import tiny
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny("bert")
-
-
 def folders(root):
     return sorted(path.name for path in root.iterdir())
 

@@ -17,11 +17,6 @@ from tests.tiny import tiny
 # -- what never gets into a cache ------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny("bert")
-
-
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_values_that_are_not_finite(store, bad, tmp_path):

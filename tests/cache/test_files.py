@@ -22,11 +22,6 @@ TYPES = {"token_type_ids": [0, 1, 1], "input_ids": [7, 8, 9]}
 PLACES = {"position_ids": [4, 5, 9], "input_ids": [7, 8, 9]}
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny("bert")
-
-
 def shards(root):
     return sorted(root.rglob("*.safetensors"))
 

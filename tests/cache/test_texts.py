@@ -17,11 +17,6 @@ from tests.cache.cached_texts import alone, assert_rows, counted, filled, ragged
 from tests.tiny import PAD, VOCAB, tiny
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny("bert")
-
-
 def rules_of(model) -> TextRules:
     return TextRules.of(*find_backbone(model)[1:])
 
