@@ -104,14 +104,14 @@ if [ "$dry" = 0 ]; then
         --op 'insert_npg.fwd,insert_mppg.fwd,insert_appg.fwd,insert_npg.bwd_weights,insert_mppg.bwd_weights,insert_appg.bwd_weights'
     step profile 40 "$python" -m bench.kernels.profiling --device cuda --out "$out/logs/profile_kernels.txt"
     more=()
-    "$python" -c 'import xdist' 2>/dev/null && more=(-n 16)
+    "$python" -c 'import xdist' 2>/dev/null && more=(-n 16 --dist worksteal)
 else
     step profile 40 "$python" -m bench.kernels.profiling --device cpu --steps 2 --out "$out/logs/profile_kernels.txt"
     more=(--collect-only)
 fi
 # (Only files with tests for a GPU: others import what such a machine may lack.)
 mapfile -t tests < <(grep -rlE 'mark\.gpu|\bDEVICES\b' tests --include='test_*.py')
-TAIL=40 step tests 150 "$python" -m pytest -q -m gpu -o addopts=--strict-markers "${more[@]}" --tb=short -p no:cacheprovider -p no:benchmark -p bench.instafail tests/interpreter "${tests[@]}"
+TAIL=40 step tests 300 "$python" -m pytest -q -m gpu -o addopts=--strict-markers "${more[@]}" --tb=short -p no:cacheprovider -p no:benchmark -p bench.instafail tests/interpreter "${tests[@]}"
 TAIL=60 step report 20 "$python" -m bench.kernels.report --file "$out/kernels.jsonl"
 tar czf "$out/logs.tar.gz" -C "$out" logs
 echo "== $((SECONDS - began)) s in all; files in $out"
