@@ -95,12 +95,12 @@ TAIL=20 step kernels 90 "${bench[@]}" --provider $providers --limit 75 --seconds
     --op 'copy,insert_npg.*,insert_appg.*,insert_mppg.*,insert_static.*,gather_plain.fwd,gelu.*,layer_norm.*,attention.*'
 
 # Training steps.
-TAIL=50 step train 150 "$python" -m bench.train.steps --device $device --out "$out/train.jsonl" --profiles "$out/logs" --host "$out/logs" \
+TAIL=50 step train 200 "$python" -m bench.train.steps --device $device --out "$out/train.jsonl" --profiles "$out/logs" --host "$out/logs" \
     ${SIZES:+--sizes $SIZES}
 
 # torch.compile last, for its compilations are slow.
 if [ "$dry" = 0 ]; then
-    TAIL=16 step compile 90 "${bench[@]}" --provider compile,triton --limit 70 --seconds 0.2 --repeats 10 --shape $headline \
+    TAIL=16 step compile 150 "${bench[@]}" --provider compile,triton --limit 130 --seconds 0.2 --repeats 10 --shape $headline \
         --op 'insert_npg.fwd,insert_mppg.fwd,insert_appg.fwd,insert_npg.bwd_weights,insert_mppg.bwd_weights,insert_appg.bwd_weights'
     step profile 40 "$python" -m bench.kernels.profiling --device cuda --out "$out/logs/profile_kernels.txt"
     more=()

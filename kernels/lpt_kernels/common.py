@@ -65,7 +65,15 @@ def dot(a, b, acc, dtype: tl.constexpr, PRECISION: tl.constexpr):
     if _INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=tl.float32)
+    if dtype == tl.float32 and PRECISION == "ieee":
+        # A block's products are summed by themselves, for one long chain of additions rounds more
+        # than PyTorch's sums do. (Triton would join the two additions again but for the limit.)
+        acc += tl.dot(
+            a, b, input_precision=PRECISION, max_num_imprecise_acc=a.shape[1], out_dtype=tl.float32
+        )
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=tl.float32)
+    return acc
 
 
 @triton.jit

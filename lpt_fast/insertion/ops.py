@@ -257,8 +257,11 @@ class _Insert(torch.autograd.Function):
         d_hidden = d_hidden.view(ctx.shape) if need_hidden else None
         if need_weights:
             if len(weights) > 1:  # proj_up's bias lies behind its weight
-                up = d_weights.pop().split([w.numel() for w in weights[2:]])
-                d_weights += [part.view(w.shape) for part, w in zip(up, weights[2:], strict=True)]
+                # (PyTorch 2.11's compiler takes what a star collects for a tuple.)
+                *down, up = d_weights
+                parts = up.split([w.numel() for w in weights[2:]])
+                up = [part.view(w.shape) for part, w in zip(parts, weights[2:], strict=True)]
+                d_weights = [*down, *up]
             d_weights = [g.to(dtype) for g, dtype in zip(d_weights, ctx.dtypes, strict=True)]
         else:
             d_weights = [None] * len(weights)

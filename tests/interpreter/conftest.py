@@ -32,6 +32,15 @@ def device() -> torch.device:
     return torch.device("cpu" if INTERPRETED else "cuda")
 
 
+@pytest.fixture
+def ordered_sums(monkeypatch):
+    """PyTorch's own index_add and scatter_add on a GPU sum in any order; not here."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session", autouse=INTERPRETED)
 def patched_once_a_launch():
     """Triton's interpreter patches its language anew for each helper that a kernel calls, which is

@@ -85,6 +85,7 @@ def test_in_place_with_context_and_dropout(kind, device):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("ordered_sums")
 def test_in_place_by_the_reference(kind, device):
     lengths, m = [3, 20, 1], 5
     hidden, weights = inputs(kind, lengths, m, 24, 16, F32, device)
@@ -188,8 +189,13 @@ LENGTHS, INDEX = [3, 33, 1, 17, 5], [4, 1, 1, 0, 2]
     "kind, store_kind",
     [(k, s) for i, k in enumerate(KINDS) for j, s in enumerate(STORES) if j > 2 or (i + j) % 2],
 )
+@pytest.mark.usefixtures("ordered_sums")
 def test_gather_insert_prompt_equals_gather_and_insert(kind, store_kind, device):
-    """To the bit, by the kernels and by the reference; output and gradients of the weights."""
+    """To the bit, by the kernels and by the reference; output and gradients of the weights.
+
+    For codes of 8 bits a GPU's tensor cores are handed the columns in another order than for rows
+    of 16 bits, and sum in it: there the text is equal to the bit and the rest is under the rule.
+    """
     D, m = 40, 5
     store = make_store(store_kind, D, device, LENGTHS)
     index = torch.tensor(INDEX, device=device)
@@ -224,7 +230,18 @@ def test_gather_insert_prompt_equals_gather_and_insert(kind, store_kind, device)
             two_steps, packed, weights, *args, upstream=upstream, needs=weights, **kwargs
         )
         assert got["out"].dtype == out_dtype
-        assert_equal(got, want)
+        if impl == "triton" and device.type == "cuda" and store_kind in ("int8", "fp8"):
+            text = packed_rows(lengths, m, device)[0]
+            assert torch.equal(got["out"][text], packed)
+            wide = {name: w.double() for name, w in weights.items()}
+            plain = [(packed, weights, upstream), (packed.double(), wide, upstream.double())]
+            same, oracle = (
+                results(reference.insert_prompt, x, w, *args, upstream=g, needs=weights, **kwargs)
+                for x, w, g in plain
+            )
+            assert_rule(got, same, oracle)
+        else:
+            assert_equal(got, want)
 
 
 def test_gather_insert_prompt_refuses_what_the_store_does_not_hold(device):

@@ -108,13 +108,10 @@ COMPILED += [("mppg", "aot_eager", impl, "padded") for impl in IMPLS]
 
 
 @pytest.mark.parametrize("kind, backend, impl, name", COMPILED)
-def test_compiled_without_graph_breaks(kind, backend, impl, name, device, monkeypatch, request):
+@pytest.mark.usefixtures("ordered_sums")
+def test_compiled_without_graph_breaks(kind, backend, impl, name, device):
     """Forward and backward equal to eager, also when T and B change."""
     torch._dynamo.reset()
-    if impl == "reference":  # PyTorch's own index_add on a GPU sums in any order
-        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
     m, D = 5, 24
     ours = form(name, impl)
     compiled = torch.compile(ours, fullgraph=True, backend=backend)
