@@ -26,15 +26,22 @@ from .stack import run_packed
 
 logger = logging.getLogger(__name__)
 
-STEP = 256  # tokens, at least; an eighth of the next smaller power of two for more than 2,048
-SIZE_STEP = 64  # of the longest text, likewise
+STEP = 256  # tokens, in batches of less than 4,096; doubled there and at each fourfold
+SIZE_STEP = 64  # of the longest text, at least; an eighth of the next smaller power of two
 WORTH = 2  # batches of a bucket before it becomes a graph
 MOST = 32  # graphs of one training
 
 
-def step_of(count: int, least: int) -> int:
-    """Steps grow with what is counted, so that filler stays below about an eighth of it."""
-    return max(least, (1 << max(count, 1).bit_length() - 1) // 8)
+def size_step(longest: int) -> int:
+    """Grows with the longest text, so that few buckets serve all."""
+    return max(SIZE_STEP, (1 << max(longest, 1).bit_length() - 1) // 8)
+
+
+def token_step(tokens: int) -> int:
+    """Grows as the root of the tokens, as the spread of batches of so many random texts does: few
+    buckets serve all, and the larger the batch is the smaller is the filler's share.
+    """
+    return STEP << max(0, (tokens.bit_length() - 11) // 2)
 
 
 def _rounded(count: int, step: int) -> int:
@@ -211,9 +218,8 @@ class UpperGraphs:
         """That of a batch (packed_forward.Rows); arguments else as of `run`."""
         late, plan = self._late, rows.plan
         tokens = plan.rows - plan.texts * plan.m
-        longest = plan.size - plan.m
-        size = _rounded(longest, step_of(longest, SIZE_STEP))
-        step = step_of(tokens, STEP)
+        size = _rounded(plan.longest, size_step(plan.longest))
+        step = token_step(tokens)
         # So many that none is longer than `size`: they divide up to step - 1 tokens more than F.
         fillers = -(-step // max(size - 1, 1))
         return Bucket(

@@ -17,6 +17,8 @@ from torch import Tensor
 
 # A group ends where its next text would be shorter than this share of its longest one.
 LIKE = 0.75
+# Rows of the group that a GPU has are a multiple of this.
+ALIGNED = 8
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Group:
 
     Attributes:
         texts: how many.
-        size: rows of the longest, S.
+        size: rows of the longest, S; on a GPU that or a few more.
         first: where the group's places begin, counted in padded places before it.
         lengths: int64 [G], rows of each text; None: all have S.
         numbers: slice of `Plan.order` that holds the texts' numbers.
@@ -67,12 +69,18 @@ class Plan:
     """
 
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int, m: int, rows: int):
-        self.m, self.rows, self.size = m, rows, max_seqlen + m
+        self.m, self.rows, self.longest = m, rows, max_seqlen
         self.texts = len(cu_seqlens) - 1
         self.device = cu_seqlens.device
+        self.size = max_seqlen + m
+        if not self.sorted:
+            # A GPU's products of other sizes read their numbers one by one.
+            self.size = -(-self.size // ALIGNED) * ALIGNED
         self._text_ends = cu_seqlens
-        step = torch.arange(0, (self.texts + 1) * m, m, device=self.device)
-        self._ends = cu_seqlens + step  # int64 [B + 1], prompts included
+        # 0, 1, 2 ...: made once, for each launch of a small kernel costs as much as a large one's.
+        self._count = torch.arange(max(rows, self.size, self.texts + 1), device=self.device)
+        # int64 [B + 1], prompts included.
+        self._ends = torch.add(cu_seqlens, self._count[: self.texts + 1], alpha=m)
         self.starts = self._ends[:-1]
 
     @cached_property
@@ -93,22 +101,20 @@ class Plan:
     @cached_property
     def prompt_rows(self) -> Tensor:
         """int64 [B m], text by text."""
-        place = torch.arange(self.m, device=self.device)
-        return (self.starts[:, None] + place).flatten()
+        return (self.starts[:, None] + self._count[: self.m]).flatten()
 
     @cached_property
     def text_rows(self) -> Tensor:
         """int64 [T], the rows that hold text."""
-        row = torch.arange(self.rows - self.texts * self.m, device=self.device)
+        row = self._count[: self.rows - self.texts * self.m]
         text = torch.searchsorted(self.text_starts, row, right=True)  # counted from 1
         return row + text * self.m
 
     @cached_property
     def places_in_text(self) -> Tensor:
         """int64 [N], where in its text each row stands, counted from its first prompt row."""
-        row = torch.arange(self.rows, device=self.device)
-        text = torch.searchsorted(self.starts, row, right=True) - 1
-        return row - self.starts[text]
+        row = self._count[: self.rows]
+        return row - self.starts[torch.searchsorted(self._ends[1:], row, right=True)]
 
     def readout_rows(self, place: Tensor | None) -> Tensor:
         """int64 [B], the row of the token at `place` of each text; None: the first token."""
@@ -133,14 +139,13 @@ class Plan:
     def order(self) -> Tensor:
         """int64 [B], the texts' numbers in the order of the groups."""
         if not self.sorted:
-            return torch.arange(self.texts, device=self.device)
+            return self._count[: self.texts]
         return torch.from_numpy(self._host[0])
 
     @cached_property
     def inverse_order(self) -> Tensor:
         """int64 [B], where in `order` each text is."""
-        place = torch.arange(self.texts, device=self.device)
-        return torch.empty_like(place).scatter_(0, self.order, place)
+        return torch.empty_like(self.order).scatter_(0, self.order, self._count[: self.texts])
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -181,7 +186,7 @@ class Plan:
         """int64 [B, S], of one group of all texts in their order: the row at each place; one of
         another text, or none, at padding.
         """
-        return self.starts[:, None] + torch.arange(self.size, device=self.device)
+        return self.starts[:, None] + self._count[: self.size]
 
     @cached_property
     def hidden(self) -> Tensor:
@@ -207,21 +212,20 @@ class Plan:
     @cached_property
     def targets(self) -> Tensor:
         """int64 [places], as `to_places`; padding goes to a row behind the last."""
-        if not self.sorted:
-            return self._row_at.masked_fill(self.hidden, self.rows).flatten()
         _, _, text, row = self._places
         return torch.where(row < self.lengths[text], self.starts[text] + row, self.rows)
 
     def from_places(self, x: Tensor) -> Tensor:
         """[places, D] -> [N, D]; what stands at padding is dropped."""
-        if self.sorted:
-            return x.index_select(0, self.to_rows)
-        out = x.new_empty(self.rows + 1, x.shape[1])
-        return out.index_copy_(0, self.targets, x)[:-1]
+        return x.index_select(0, self.to_rows)
 
     @cached_property
     def to_rows(self) -> Tensor:
         """int64 [N], the padded place of each packed row."""
+        if not self.sorted:
+            row = self._count[: self.rows]
+            padding = torch.sub(self.starts, self._count[: self.texts], alpha=self.size)  # negative
+            return row - padding[torch.searchsorted(self._ends[1:], row, right=True)]
         place = torch.arange(len(self.targets), device=self.device)
         # Padding writes to a row that is cut off.
         return place.new_empty(self.rows + 1).scatter_(0, self.targets, place)[:-1]

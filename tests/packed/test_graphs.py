@@ -321,22 +321,25 @@ def test_there_is_a_largest_number_of_graphs(monkeypatch):
 
 
 def test_buckets_grow_with_the_batch():
-    """Few buckets, filler below an eighth (of large batches), and no filler text longer than the
-    longest: attention pads to that."""
-    for texts, most in ((32, 17), (256, 8), (1047, 8)):
+    """Few buckets, little filler in large batches, and no filler text longer than the longest:
+    attention pads to that."""
+    for texts, most, share in ((32, 17, 0.4), (256, 8, 0.09), (1047, 8, 0.045)):
         own, buckets = torch.Generator().manual_seed(texts), set()
         for _ in range(200):
             lengths = (torch.randn(texts, generator=own) * 9 + 25).clamp(3, 66).long()
             tokens, longest = int(lengths.sum()), int(lengths.max())
-            size = graphs._rounded(longest, graphs.step_of(longest, graphs.SIZE_STEP))
-            step = graphs.step_of(tokens, graphs.STEP)
+            size = graphs._rounded(longest, graphs.size_step(longest))
+            step = graphs.token_step(tokens)
             fillers = -(-step // (size - 1))
             total = graphs._rounded(tokens + fillers, step)
             missing = total - tokens
             assert fillers <= missing and -(-missing // fillers) <= size
-            assert missing <= max(graphs.STEP, tokens / 8) + fillers
+            assert missing < step + fillers and missing <= share * tokens
             buckets.add((total, size))
         assert len(buckets) <= most
+    steps = [graphs.token_step(n) for n in (1, 975, 4095, 4096, 16383, 16384, 32748, 65536)]
+    assert steps == [256, 256, 256, 512, 512, 1024, 1024, 2048]
+    assert [graphs.size_step(n) for n in (1, 66, 1023, 1024)] == [64, 64, 64, 128]
 
 
 class _NoHostLists(TorchFunctionMode):

@@ -147,6 +147,21 @@ def test_one_group_in_the_order_of_the_batch(monkeypatch, way, causal):
         assert torch.equal(back, x)
 
 
+@pytest.mark.parametrize("longest, size", [(6, 8), (7, 16), (14, 16)])
+def test_a_gpu_has_rows_in_eights(monkeypatch, longest, size):
+    """Products of other sizes read number by number there; each row's place is counted by hand."""
+    monkeypatch.setattr(Plan, "sorted", property(lambda plan: False))
+    plan = Plan(torch.tensor([0, 1, 5, 8], dtype=torch.int32), longest, 2, 14)
+    assert (plan.size, plan.places, plan.longest) == (size, 3 * size, longest)
+    # Texts of 3, 6 and 5 rows, prompts included.
+    places = [*range(3), *range(size, size + 6), *range(2 * size, 2 * size + 5)]
+    assert plan.to_rows.tolist() == places
+    assert plan.to_places[plan.to_rows].tolist() == list(range(14))
+    x = torch.full((plan.places, 1), float("nan"))
+    x[places] = torch.arange(14.0)[:, None]  # (Nothing of what stands at padding comes back.)
+    assert plan.from_places(x).flatten().tolist() == list(range(14))
+
+
 def test_branches_of_frozen_layers():
     """As by PyTorch's own layers; the gradient of x is written once."""
     torch.manual_seed(0)
