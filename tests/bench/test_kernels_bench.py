@@ -361,7 +361,7 @@ def test_forecast(tmp_path):
     assert (took, share) == ("38.1", "97%")
     # 1,135 rows: 5 layers and 32 rows forward, 4 and 192 rows back; 24 x 1,024^2 operations each.
     size, texts, tokens, *_, step, took, _share = by_name["b32"]
-    assert (size, texts, tokens, took) == ("b32", "32", "975", "1.38")
+    assert (size, texts, tokens, took) == ("b32", "32", "975", "1.34")
     forward, backward = 5 * 1135 + 32, 4 * 1135 + 160 + 32
     products = 24 * 1024**2 * (forward + backward) / 6e14
     moved = 2048 * (18 * forward + 25 * backward) / 4.19e12

@@ -363,6 +363,6 @@ def test_step_plot(tmp_path):
     times = plot_steps.milliseconds(RESULTS, "minilm", 4, None)
     assert {n: round(t) for n, t in times.items()} == {"lora": 450, "recipe": 299, "ours": 46}
     times = plot_steps.milliseconds(RESULTS, "roberta-large", 18, "b32")
-    assert {n: round(t, 1) for n, t in times.items()} == {"lora": 59.0, "recipe": 29.2, "ours": 4.6}
+    assert {n: round(t, 1) for n, t in times.items()} == {"lora": 87.5, "recipe": 49.7, "ours": 7.0}
     done = CliRunner().invoke(app, ["step-plot", "--out", str(tmp_path / "steps.png")])
     assert done.exit_code == 0 and (tmp_path / "steps.png").stat().st_size > 10_000
