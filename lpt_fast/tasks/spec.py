@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .messages import some
+
 METRICS = ("accuracy", "f1", "matthews_correlation")
 MASK_FIELD = "mask"
 
@@ -157,7 +159,8 @@ class TaskSpec:
                 return dict(zip(self.text_columns, names, strict=True))
         known = " or ".join(str(list(n)) for n in (self.text_columns, self.hub_columns) if n)
         raise ValueError(
-            f"task {self.name!r}: got the columns {available}, expected {known}: rename the columns"
+            f"task {self.name!r}: got the columns {some(available)}, expected {known}: rename "
+            "the columns"
         )
 
     def fields(self, example: Mapping[str, Any]) -> dict[str, str]:
