@@ -103,14 +103,17 @@ class Classifier:
         return self.formulation.labels
 
     @torch.inference_mode()
-    def probabilities(self, rows: dict[str, list[str]], progress: bool = False) -> np.ndarray:
+    def probabilities(
+        self, rows: dict[str, list[str]], progress: bool = False, origin=None
+    ) -> np.ndarray:
         """Class probabilities, float32 [N, C], in the order of the rows.
 
         Args:
             rows: text column -> N texts.
             progress: show a progress bar.
+            origin: of the rows, for messages.
         """
-        examples = self.formulation.encode(self.tokenizer, rows, labels=None)
+        examples = self.formulation.encode(self.tokenizer, rows, labels=None, origin=origin)
         out = np.zeros((len(examples), len(self.labels)), dtype=np.float32)
         collate = Collator(self.tokenizer)
         # Texts of like length together: less padding.
@@ -129,9 +132,11 @@ class Classifier:
             out[index] = logits.float().softmax(-1).cpu().numpy()
         return out
 
-    def predict(self, rows: dict[str, list[str]], progress: bool = False) -> Iterator[dict]:
+    def predict(
+        self, rows: dict[str, list[str]], progress: bool = False, origin=None
+    ) -> Iterator[dict]:
         """For each row its label, the label's probability and those of all labels."""
-        for p in self.probabilities(rows, progress):
+        for p in self.probabilities(rows, progress, origin):
             best = int(p.argmax())
             yield {
                 "label": self.labels[best],
@@ -155,11 +160,11 @@ def evaluate(args: EvalArguments) -> dict[str, float]:
     )
     label_column = args.label_column or form.label_column
     source = args.test_file or args.dataset
-    dataset, texts = read_rows(
+    dataset, texts, origin = read_rows(
         source, args.split, form.task, columns, label_column, args.max_eval_samples
     )
     ids = form.task.hub_label_ids if form.task else None
-    gold = list(encode_labels(dataset, label_column, form.labels, ids)["labels"])
-    predicted = classifier.probabilities(texts, progress=True).argmax(-1)
+    gold = list(encode_labels(dataset, label_column, form.labels, ids, origin)["labels"])
+    predicted = classifier.probabilities(texts, True, origin).argmax(-1)
     metrics = classification_metrics(predicted, np.asarray(gold), num_classes=len(form.labels))
     return {**metrics, "examples": len(gold)}

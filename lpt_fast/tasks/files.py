@@ -172,7 +172,7 @@ def _parquet_table(path: Path) -> tuple[pyarrow.Table, dict[str, str]]:
 
 def _bad_header(path: Path, header: list[str]) -> ValueError:
     twice = [name for i, name in enumerate(header) if name in header[:i] or not name]
-    got = f"the header {some(header)} with {some(dict.fromkeys(twice))} twice or empty"
+    got = f"columns {some(dict.fromkeys(twice))} twice or without a name in {some(header)}"
     return ValueError(
         sentence(path, got, "a different name for every column", "correct the first line")
     )

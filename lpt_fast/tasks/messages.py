@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LIMIT = 300  # characters of a sentence
 _WIDTH = 40  # of a value or a name in it
+_PATH = 60  # of a path, in any case
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = _repr.maxlong = _WIDTH
@@ -36,16 +37,24 @@ def sentence(source: object, got: str, wanted: str, way_out: str) -> str:
     """`source: got ..., expected ...: way out`, on one line, of at most 300 characters: of a long
     path its end stays, of a long finding its beginning.
     """
+    rest = f", expected {wanted}: {way_out}"
+    finding = " ".join(f"got {got}".split())
+    room = LIMIT - 2 - len(rest) - _cut_path(source)
+    if len(finding) > room:
+        finding = f"{finding[: room - 3]}..."
+    return with_source(source, finding + rest)
+
+
+def with_source(source: object, text: str) -> str:
+    """`source: text`, of at most 300 characters where the text is: a path loses its beginning."""
     where = str(source)
+    room = max(_PATH, LIMIT - 2 - len(text))
+    return f"{where if len(where) <= room else '...' + where[3 - room :]}: {text}"
 
-    def whole() -> str:
-        return f"{where}: " + " ".join(f"got {got}, expected {wanted}: {way_out}".split())
 
-    if len(whole()) > LIMIT and len(where) > 100:
-        where = "..." + where[-max(40, len(where) - 3 - (len(whole()) - LIMIT)) :]
-    if len(whole()) > LIMIT:
-        got = got[: max(40, len(got) - 3 - (len(whole()) - LIMIT))] + "..."
-    return whole()
+def _cut_path(source: object) -> int:
+    """Characters of a path that stay in any case."""
+    return min(len(str(source)), _PATH)
 
 
 @dataclass
@@ -66,5 +75,9 @@ class Origin:
         """ "row 2 of column 'text' (line 3)" for the row at `index`, which counts from 0."""
         number = index + 1 if self.numbers is None else self.numbers[index]
         line = self.line(number)
-        where = f"row {number}" if column is None else f"row {number} of column {column!r}"
+        where = f"row {number}" if column is None else f"row {number} of column {shown(column)}"
         return where if line is None else f"{where} (line {line})"
+
+    def at(self, numbers: Sequence[int]) -> Origin:
+        """Of some of the rows, by their numbers."""
+        return replace(self, numbers=list(numbers))

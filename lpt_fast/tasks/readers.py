@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .labels import RULE, NoLabel, label_text
-from .messages import Origin, sentence, shown, some
+from .messages import Origin, sentence, shown, some, with_source
 from .spec import TaskSpec
 
 if TYPE_CHECKING:
@@ -246,7 +246,7 @@ def _no_column(origin: Origin, column: str, available: list[str]) -> ValueError:
     return ValueError(
         sentence(
             origin.source,
-            f"no column {column!r}",
+            f"no column {shown(column)}",
             f"it among {some(available)}",
             "correct the name or the header",
         )
@@ -260,7 +260,7 @@ def _text_column_names(
         try:
             return list(text_columns.resolve_columns(available).values())
         except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
+            raise ValueError(with_source(source, str(error))) from error
     if isinstance(text_columns, str):
         return [text_columns]
     return list(text_columns or ())

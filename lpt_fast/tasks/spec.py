@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .messages import some
+from .messages import shown, some
 
 METRICS = ("accuracy", "f1", "matthews_correlation")
 MASK_FIELD = "mask"
@@ -173,7 +173,7 @@ class TaskSpec:
         for column, actual in self.resolve_columns(example).items():
             if not isinstance(example[actual], str):
                 raise ValueError(
-                    f"task {self.name!r}: got {example[actual]!r} in column {actual!r}, expected "
+                    f"task {self.name!r}: got {shown(example[actual])} in column {actual!r}, expected "
                     "a string: fill or drop such rows"
                 )
             texts[column] = example[actual]
