@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from ..tasks import classification_metrics, encode_labels
+from ..tasks.messages import Origin
 from .arguments import ADAPTER_METHODS, EvalArguments
 from .data import (
     RUN_FILE,
@@ -104,7 +105,7 @@ class Classifier:
 
     @torch.inference_mode()
     def probabilities(
-        self, rows: dict[str, list[str]], progress: bool = False, origin=None
+        self, rows: dict[str, list[str]], progress: bool = False, origin: Origin | None = None
     ) -> np.ndarray:
         """Class probabilities, float32 [N, C], in the order of the rows.
 
@@ -133,9 +134,11 @@ class Classifier:
         return out
 
     def predict(
-        self, rows: dict[str, list[str]], progress: bool = False, origin=None
+        self, rows: dict[str, list[str]], progress: bool = False, origin: Origin | None = None
     ) -> Iterator[dict]:
-        """For each row its label, the label's probability and those of all labels."""
+        """For each row its label, the label's probability and those of all labels; arguments as
+        for `probabilities`.
+        """
         for p in self.probabilities(rows, progress, origin):
             best = int(p.argmax())
             yield {

@@ -1,8 +1,8 @@
-"""`lpt-fast predict`: texts from a file or standard input to labels with probabilities.
+r"""`lpt-fast predict`: texts from a file or standard input to labels with probabilities.
 
 Every format has one line a row and gives back what went in. In tsv a tab, a line break or a
-backslash inside a cell is written as in JSON (`\\t`, `\\n`, `\\\\`); so is, in tsv and jsonl, whatever
-else a program may take for the end of a line.
+backslash inside a cell is written as in JSON (`\t`, `\n`, `\\`); so is, in tsv and jsonl,
+whatever else a program may take for the end of a line.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .data import read_rows, text_columns_of
 from .inference import Classifier
 
 STDIN = "standard input"
-# What str.splitlines takes for an end of a line, JSON's way. (JSON itself has control characters so.)
+# What str.splitlines takes for the end of a line. (Those below the space JSON escapes itself.)
 _WIDE = {ord(c): json.dumps(c)[1:-1] for c in "\x85\u2028\u2029"}
 _CELL = {ord(c): json.dumps(c)[1:-1] for c in "\\\t\n\r\v\f\x1c\x1d\x1e"} | _WIDE
 
@@ -53,7 +53,6 @@ def read_texts(
             raise ValueError(
                 f"Line {number} of standard input is empty, expected one text a line; take it out."
             )
-    # (A row of it is a line: no need to say so twice.)
     origin = Origin(STDIN)
     if len(names) == 1:
         return {names[0]: lines}, origin

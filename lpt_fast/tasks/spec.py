@@ -172,9 +172,9 @@ class TaskSpec:
         texts = {}
         for column, actual in self.resolve_columns(example).items():
             if not isinstance(example[actual], str):
+                got = f"{shown(example[actual])} in column {actual!r}"
                 raise ValueError(
-                    f"task {self.name!r}: got {shown(example[actual])} in column {actual!r}, expected "
-                    "a string: fill or drop such rows"
+                    f"task {self.name!r}: got {got}, expected a string: fill or drop such rows"
                 )
             texts[column] = example[actual]
         return texts
