@@ -74,7 +74,12 @@ def read_split(
             raise _no_column(origin, column, available)
         if column in unfit:
             raise ValueError(
-                sentence(origin.source, unfit[column], "one kind a column", "make them alike")
+                sentence(
+                    origin.source,
+                    unfit[column],
+                    "values of one plain kind",
+                    "make them alike, or name another column",
+                )
             )
     _check_texts(origin, dataset, columns)
     if label_column:
