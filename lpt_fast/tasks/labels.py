@@ -1,8 +1,9 @@
 """What is a label: text, a whole number or a bool, by one rule for every kind of file.
 
-It stays as it stands in the file: `01` is not `1`, `10:00` not `10:00:00`. Only what no reader
-can see is left out: spaces around it, and the empty fraction of a whole number (` a` is `a`, `1.0`
-is `1`). CSV and TSV have no types, so a text that spells a fraction counts as a number everywhere.
+It stays as it stands in the file: `01` is not `1`, `10:00` not `10:00:00`. Only what programs add
+on the way from one kind of file to another does not count: spaces around it, the fraction of a
+whole number, the case of a bool (` a` is `a`, `1.0` is `1`, `True` is `true`). CSV and TSV have no
+types, so a text that spells a fraction counts as a number everywhere.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ def label_text(value: Any) -> str:
         text = value.strip()
         if not text:
             raise NoLabel(f"no label ({shown(value)})", missing=True)
+        if text.lower() in ("true", "false"):
+            return text.lower()
         if not _NUMBER.fullmatch(text):
             return text
         value = Decimal(text)

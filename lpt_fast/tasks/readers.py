@@ -166,12 +166,16 @@ def encode_labels(
         ValueError: a label that is not in `names`, two names that are one label, a row without a
             label, or another column of the name "labels".
     """
+    origin = origin or Origin()
     if "labels" in dataset.column_names and label_column != "labels":
         raise ValueError(
-            "got data that has a column 'labels' already, expected that name to be free: rename "
-            "or remove it"
+            sentence(
+                origin.source,
+                f"a column 'labels' already beside {shown(label_column)}",
+                "that name to be free",
+                "rename or remove it",
+            )
         )
-    origin = origin or Origin()
     names = [str(name) for name in names]
     place = {_name_key(name): i for i, name in enumerate(names)}
     if len(place) < len(names):
@@ -320,13 +324,17 @@ def _load_saved(folder: Path, split: str) -> Dataset:
         # One data set is one split; to give it for another would test on the training rows.
         if split != "train":
             raise FileNotFoundError(
-                f"{folder}: got one data set without splits, expected a split {split!r}: save "
-                "a DatasetDict, or give the files of the splits"
+                sentence(
+                    folder,
+                    "one data set without splits",
+                    f"a split {split!r}",
+                    "save a DatasetDict, or give the files of the splits",
+                )
             )
         return saved
     if split not in saved:
         raise FileNotFoundError(
-            f"{folder}: got no split {split!r}, expected one of {some(saved)}: choose one"
+            sentence(folder, f"no split {split!r}", f"one of {some(saved)}", "choose one")
         )
     return saved[split]
 
@@ -340,14 +348,22 @@ def _split_file(folder: Path, split: str) -> Path:
         found = [path for path in found if path.is_file()]
         if len(found) > 1:
             raise ValueError(
-                f"{folder}: got {[path.name for path in found]} for split {split!r}, expected one "
-                "file: give the path of the one you mean"
+                sentence(
+                    folder,
+                    f"{some(path.name for path in found)} for split {split!r}",
+                    "one file",
+                    "give the path of the one you mean",
+                )
             )
         if found:
             return found[0]
     raise FileNotFoundError(
-        f"{folder}: got no file for split {split!r}, expected {split} with one of "
-        f"{', '.join(KNOWN_SUFFIXES)}: rename the file or give its path"
+        sentence(
+            folder,
+            f"no file for split {split!r}",
+            f"{split} with one of {', '.join(KNOWN_SUFFIXES)}",
+            "rename the file or give its path",
+        )
     )
 
 
@@ -365,7 +381,7 @@ def _load_hub(name: str, split: str) -> Dataset:
         if "split" not in str(error):
             raise
         raise FileNotFoundError(
-            f"{name}: got no split {split!r}: {' '.join(str(error).split())}"
+            sentence(name, f"no split {split!r} ({error})", "one that it has", "choose another")
         ) from error
     except OSError as error:  # Not found, no connection, offline: all of them are OSErrors.
         raise FileNotFoundError(

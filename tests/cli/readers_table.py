@@ -199,7 +199,7 @@ CASES = {
     ),
     "bools": (
         {
-            **separated([("a", "true"), ("b", "false")]),
+            **separated([("a", "true"), ("b", "False")]),
             **as_json([("a", True), ("b", False)]),
             "parquet": both(["a", "b"], [True, False]),
         },

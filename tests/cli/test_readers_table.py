@@ -125,9 +125,27 @@ def test_twins_have_the_same_classes(tmp_path):
         rows, _, _ = read_rows(str(tmp_path / name), "test", None, ["text"], "label")
         assert label_names(rows) == ["false", "true"]
         assert encode_labels(rows, "label", ["false", "true"])["labels"][:] == [1, 0, 1]
+    # As Python writes it, and as an earlier version named the classes.
+    (tmp_path / "a.csv").write_text("text,label\na,True\nb,False\nc,True\n")
+    for name in ("a.parquet", "a.csv"):
+        rows, _, _ = read_rows(str(tmp_path / name), "test", None, ["text"], "label")
+        assert label_names(rows) == ["false", "true"]
+        assert encode_labels(rows, "label", ["False", "True"])["labels"][:] == [1, 0, 1]
     # A class that an earlier version named with a space is found by its label.
     (tmp_path / "b.csv").write_text("text,label\na, x\nb,y\n")
     rows, _, origin = read_rows(str(tmp_path / "b.csv"), "test", None, ["text"], "label")
     assert encode_labels(rows, "label", ["y", " x"])["labels"][:] == [1, 0]
     with pytest.raises(ValueError, match="different label for each"):
         encode_labels(rows, "label", ["x", " x", "y"], origin=origin)
+
+
+def test_messages_about_a_column_or_a_folder_name_it(tmp_path):
+    (tmp_path / "train.csv").write_text("text,label,labels\na,x,1\n")
+    rows, _, origin = read_rows(str(tmp_path), "train", None, ["text"], "label")
+    with pytest.raises(ValueError, match=r"train\.csv: got a column 'labels' already"):
+        encode_labels(rows, "label", ["x"], origin=origin)
+    (tmp_path / "train.csv").write_text("text,label\na,x\nb,\n")
+    with pytest.raises(ValueError, match=r"train\.csv: got no label \(''\) in row 2 .*line 3"):
+        read_rows(str(tmp_path), "train", None, ["text"], "label")
+    with pytest.raises(FileNotFoundError, match="got no file for split 'test', expected test"):
+        read_rows(str(tmp_path), "test", None, ["text"], "label")
