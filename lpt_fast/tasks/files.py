@@ -102,7 +102,10 @@ def _lines(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
         for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
             yield number, line.removesuffix("\r").split("\t")
         return
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    # A carriage return between line feeds may be text that was not quoted: to end a row there would
+    # make two of one. (Where there is no line feed at all, it ends the rows.)
+    end = "\n" if "\n" in text else ""
+    reader = csv.reader(io.StringIO(text, newline=end), strict=True)
     limit = csv.field_size_limit(2**31 - 1)  # A text may be longer than the usual 131,072.
     try:
         line = 1
@@ -110,7 +113,9 @@ def _lines(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
             yield line, cells or [""]
             line = reader.line_num + 1
     except csv.Error as error:
-        raise _no_table(path, f"{error}, line {reader.line_num}") from error
+        cr = "new-line character" in str(error)
+        reason = "a carriage return outside quotes" if cr else str(error)
+        raise _no_table(path, f"{reason}, line {reader.line_num}") from error
     finally:
         csv.field_size_limit(limit)
 

@@ -126,6 +126,24 @@ CASES = {
         {"csv": 'text,label\n"a,x\nb,y\n', "folder": 'text,label\n"a" b,x\n'},
         {"": "no CSV .*line 3", "folder": "no CSV .*line 2"},
     ),
+    "carriage returns": (
+        {
+            **separated([("a\rb", "x")]),
+            "folder": 'text,label\r\n"a\rb",x\r\n',
+            **as_json([("a\rb", "x")]),
+            "parquet": both(["a\rb"], ["x"]),
+            "stdin": "a\rb\r\n",
+        },
+        {
+            "": [("a\rb", "x")],
+            "csv": r"no CSV \(a carriage return outside quotes, line 2\)",
+            "stdin": [("a\rb", None)],
+        },
+    ),
+    "carriage returns alone": (
+        {"csv": "text,label\ra,x\rb,y\r", "list": listed(AX).replace(", ", ",\r")},
+        {"": AX},
+    ),
     "BOM": (
         {
             **{name: "\ufeff" + text for name, text in (separated(AX) | as_json(AX)).items()},
