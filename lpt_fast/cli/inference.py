@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from ..backbone.families import find_backbone
 from ..tasks import classification_metrics, encode_labels
 from ..tasks.messages import Origin
 from .arguments import ADAPTER_METHODS, EvalArguments
@@ -24,10 +25,12 @@ from .data import (
     Collator,
     Formulation,
     cannot_load,
+    checked_max_length,
     load_tokenizer,
     read_rows,
     text_columns_of,
 )
+from .model import PROMPT_TUNING_TOKENS
 
 
 class Classifier:
@@ -60,12 +63,12 @@ class Classifier:
                 "wrote."
             )
         self.formulation = Formulation.from_json(json.loads(run.read_text(encoding="utf-8")))
-        if max_length is not None:
-            self.formulation.max_length = max_length
         self.batch_size = batch_size
         self.device = torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
         self.tokenizer = load_tokenizer(folder)
         self.model = self._load(folder, model or self.formulation.model).eval().to(self.device)
+        if max_length is not None:
+            self.formulation.max_length = self._checked(max_length)
         self._words = self.formulation.word_ids(self.tokenizer) if self.formulation.cloze else None
 
     def _load(self, folder: str, base: str):
@@ -97,6 +100,14 @@ class Classifier:
                 f"The adapter in {folder} does not fit the model {base} (it was trained on "
                 f"{form.model}): {reason}"
             ) from None
+
+    def _checked(self, max_length: int) -> int:
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        _, backbone, family = find_backbone(base)
+        limit = family.max_length(backbone.config) or 10**9
+        if self.formulation.method == "prompt_tuning":
+            limit -= PROMPT_TUNING_TOKENS
+        return checked_max_length(max_length, limit, self.formulation.model, self.tokenizer)
 
     @property
     def labels(self) -> list[str]:

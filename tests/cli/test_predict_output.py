@@ -136,6 +136,17 @@ def test_a_text_column_of_the_outputs_name_is_refused(adapter):
 
 
 @pytest.mark.slow
+def test_no_room_for_text_is_not_the_texts_fault(adapter):
+    call = ("--adapter", adapter / "out", "--use_cpu", "--max_length")
+    assert "leaves no room for text" in refused("predict", *call, 2, text="a\n")
+    assert "takes 64 tokens" in refused("predict", *call, 65, text="a\n")
+    file = ("--test_file", adapter / "train.json")
+    assert "takes 64 tokens" in refused("eval", *call, 65, *file)
+    done = invoke("eval", *call, 3, *file)
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.slow
 def test_commands_name_file_and_row(models_dir, adapter, tmp_path):
     """The same sentence from training, evaluation, prediction and the cache."""
     path = tmp_path / "a.csv"
