@@ -114,15 +114,7 @@ class Formulation:
             special = tokenizer.num_special_tokens_to_add(pair=len(rows) > 1)
             for i, ids in enumerate(encoded["input_ids"]):
                 if len(ids) <= special:
-                    text = " ".join(values[i] for values in rows.values())
-                    raise ValueError(
-                        sentence(
-                            origin.source,
-                            f"a text without a token ({shown(text)}) in {origin.row(i)}",
-                            "one token or more",
-                            "fill or drop the row",
-                        )
-                    )
+                    raise _no_token(origin, i, [values[i] for values in rows.values()])
             examples = [{key: values[i] for key, values in encoded.items()} for i in range(size)]
             for i, example in enumerate(examples):
                 if labels is not None:
@@ -132,6 +124,11 @@ class Formulation:
         examples = []
         for values in zip(*rows.values(), strict=True):
             row = dict(zip(rows, values, strict=True))
+            # (Beside the template's own tokens, so each is asked alone; letters have one always.)
+            if not any(c.isalnum() for text in values for c in text) and not any(
+                tokenizer(text, add_special_tokens=False)["input_ids"] for text in values
+            ):
+                raise _no_token(origin, len(examples), values)
             # A causal model needs a place for the answer behind the context.
             room = self.max_length - 1 if self.causal else self.max_length
             try:
@@ -158,6 +155,11 @@ class Formulation:
                 example["labels"] = target
             examples.append(example)
         return examples
+
+
+def _no_token(origin: Origin, index: int, texts: Sequence[str]) -> ValueError:
+    got = f"a text without a token ({shown(' '.join(texts))}) in {origin.row(index)}"
+    return ValueError(sentence(origin.source, got, "one token or more", "fill or drop the row"))
 
 
 class Collator:
