@@ -257,9 +257,7 @@ class PredictArguments:
         None, "Most tokens of an example. Default: as in training.", "Data"
     )
     output_file: str = _option("-", "Where to write, or '-' for standard output.", "Output")
-    output_format: str = _option(
-        "tsv", "tsv (tabs and line breaks in cells as \\t and \\n) or jsonl.", "Output"
-    )
+    output_format: str = _option("tsv", "tsv or jsonl.", "Output")
     per_device_eval_batch_size: int = _option(64, "Examples of a batch.", "Run")
     use_cpu: bool = _option(False, "Stay on the CPU where there is a GPU.", "Run")
 
