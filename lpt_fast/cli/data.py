@@ -10,8 +10,11 @@ from typing import Any
 import torch
 
 from ..tasks import TaskSpec, encode_cloze, encode_texts, label_word_ids
+from ..tasks.cloze import TextFault
+from ..tasks.messages import Origin, sentence, shown, with_source
 
 RUN_FILE = "lpt_run.json"
+ROW = "lpt_fast:row"  # column: number of the row where it comes from
 
 
 @dataclass
@@ -81,7 +84,11 @@ class Formulation:
         )
 
     def encode(
-        self, tokenizer, rows: Mapping[str, Sequence], labels: Sequence[int] | None
+        self,
+        tokenizer,
+        rows: Mapping[str, Sequence],
+        labels: Sequence[int] | None,
+        origin: Origin | None = None,
     ) -> list[dict]:
         """Inputs of a model, one dict an example, not padded.
 
@@ -89,15 +96,25 @@ class Formulation:
             tokenizer: of the base model.
             rows: text column -> values, as `read_rows` gives them.
             labels: class ids, or None for prediction.
+            origin: of the rows, for messages.
 
         Returns:
             input_ids, attention_mask, (token_type_ids), and `labels`: the class id, or for cloze
             the label word's id at its place and -100 elsewhere; for cloze also `readout`, the
             position whose logits count, and for causal models `context_lengths`.
+
+        Raises:
+            ValueError: a text that the tokenizer makes no token of (such as a zero-width space), or
+                one that holds the mask token; names its row.
         """
+        origin = origin or Origin()
         if not self.cloze:
             encoded = encode_texts(tokenizer, list(rows), rows, self.max_length)
             size = len(encoded["input_ids"])
+            special = tokenizer.num_special_tokens_to_add(pair=len(rows) > 1)
+            for i, ids in enumerate(encoded["input_ids"]):
+                if len(ids) <= special:
+                    raise _no_token(origin, i, [values[i] for values in rows.values()])
             examples = [{key: values[i] for key, values in encoded.items()} for i in range(size)]
             for i, example in enumerate(examples):
                 if labels is not None:
@@ -107,9 +124,18 @@ class Formulation:
         examples = []
         for values in zip(*rows.values(), strict=True):
             row = dict(zip(rows, values, strict=True))
+            # (Beside the template's own tokens, so each is asked alone; letters have one always.)
+            if not any(c.isalnum() for text in values for c in text) and not any(
+                tokenizer(text, add_special_tokens=False)["input_ids"] for text in values
+            ):
+                raise _no_token(origin, len(examples), values)
             # A causal model needs a place for the answer behind the context.
             room = self.max_length - 1 if self.causal else self.max_length
-            example = encode_cloze(tokenizer, self.task, row, room, decoder=self.causal)
+            try:
+                example = encode_cloze(tokenizer, self.task, row, room, decoder=self.causal)
+            except TextFault as error:
+                where = f"{origin.row(len(examples))}: {error}"
+                raise ValueError(with_source(origin.source, where)) from None
             length = len(example["input_ids"])
             example["readout"] = length - 1 if self.causal else example.pop("mask_position")
             if labels is not None:
@@ -129,6 +155,11 @@ class Formulation:
                 example["labels"] = target
             examples.append(example)
         return examples
+
+
+def _no_token(origin: Origin, index: int, texts: Sequence[str]) -> ValueError:
+    got = f"a text without a token ({shown(' '.join(texts))}) in {origin.row(index)}"
+    return ValueError(sentence(origin.source, got, "one token or more", "fill or drop the row"))
 
 
 class Collator:
@@ -261,19 +292,22 @@ def read_rows(
         label_column: None for data without labels.
 
     Returns:
-        The `datasets.Dataset`, and its texts as {canonical column: list of str}.
+        The `datasets.Dataset` with the column ROW, its texts as {canonical column: list of str},
+        and where its rows come from.
     """
     from ..tasks import read_split
+    from ..tasks.readers import origin_of, sample_rows
 
     dataset = read_split(
         source,
         split=split,
         text_columns=text_columns or task,
         label_column=label_column,
-        max_samples=max_samples,
-        seed=seed,
     )
-    return dataset, texts_of(dataset, task, text_columns)
+    dataset = dataset.add_column(ROW, list(range(1, len(dataset) + 1)))
+    dataset = sample_rows(dataset, max_samples, seed)
+    origin = origin_of(source, split).at(dataset[ROW])
+    return dataset, texts_of(dataset, task, text_columns), origin
 
 
 def texts_of(

@@ -16,17 +16,21 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from ..backbone.families import find_backbone
 from ..tasks import classification_metrics, encode_labels
+from ..tasks.messages import Origin
 from .arguments import ADAPTER_METHODS, EvalArguments
 from .data import (
     RUN_FILE,
     Collator,
     Formulation,
     cannot_load,
+    checked_max_length,
     load_tokenizer,
     read_rows,
     text_columns_of,
 )
+from .model import PROMPT_TUNING_TOKENS
 
 
 class Classifier:
@@ -59,12 +63,12 @@ class Classifier:
                 "wrote."
             )
         self.formulation = Formulation.from_json(json.loads(run.read_text(encoding="utf-8")))
-        if max_length is not None:
-            self.formulation.max_length = max_length
         self.batch_size = batch_size
         self.device = torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
         self.tokenizer = load_tokenizer(folder)
         self.model = self._load(folder, model or self.formulation.model).eval().to(self.device)
+        if max_length is not None:
+            self.formulation.max_length = self._checked(max_length)
         self._words = self.formulation.word_ids(self.tokenizer) if self.formulation.cloze else None
 
     def _load(self, folder: str, base: str):
@@ -97,20 +101,31 @@ class Classifier:
                 f"{form.model}): {reason}"
             ) from None
 
+    def _checked(self, max_length: int) -> int:
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        _, backbone, family = find_backbone(base)
+        limit = family.max_length(backbone.config) or 10**9
+        if self.formulation.method == "prompt_tuning":
+            limit -= PROMPT_TUNING_TOKENS
+        return checked_max_length(max_length, limit, self.formulation.model, self.tokenizer)
+
     @property
     def labels(self) -> list[str]:
         """Class names in the order of ids."""
         return self.formulation.labels
 
     @torch.inference_mode()
-    def probabilities(self, rows: dict[str, list[str]], progress: bool = False) -> np.ndarray:
+    def probabilities(
+        self, rows: dict[str, list[str]], progress: bool = False, origin: Origin | None = None
+    ) -> np.ndarray:
         """Class probabilities, float32 [N, C], in the order of the rows.
 
         Args:
             rows: text column -> N texts.
             progress: show a progress bar.
+            origin: of the rows, for messages.
         """
-        examples = self.formulation.encode(self.tokenizer, rows, labels=None)
+        examples = self.formulation.encode(self.tokenizer, rows, labels=None, origin=origin)
         out = np.zeros((len(examples), len(self.labels)), dtype=np.float32)
         collate = Collator(self.tokenizer)
         # Texts of like length together: less padding.
@@ -129,9 +144,13 @@ class Classifier:
             out[index] = logits.float().softmax(-1).cpu().numpy()
         return out
 
-    def predict(self, rows: dict[str, list[str]], progress: bool = False) -> Iterator[dict]:
-        """For each row its label, the label's probability and those of all labels."""
-        for p in self.probabilities(rows, progress):
+    def predict(
+        self, rows: dict[str, list[str]], progress: bool = False, origin: Origin | None = None
+    ) -> Iterator[dict]:
+        """For each row its label, the label's probability and those of all labels; arguments as
+        for `probabilities`.
+        """
+        for p in self.probabilities(rows, progress, origin):
             best = int(p.argmax())
             yield {
                 "label": self.labels[best],
@@ -155,11 +174,11 @@ def evaluate(args: EvalArguments) -> dict[str, float]:
     )
     label_column = args.label_column or form.label_column
     source = args.test_file or args.dataset
-    dataset, texts = read_rows(
+    dataset, texts, origin = read_rows(
         source, args.split, form.task, columns, label_column, args.max_eval_samples
     )
     ids = form.task.hub_label_ids if form.task else None
-    gold = list(encode_labels(dataset, label_column, form.labels, ids)["labels"])
-    predicted = classifier.probabilities(texts, progress=True).argmax(-1)
+    gold = list(encode_labels(dataset, label_column, form.labels, ids, origin)["labels"])
+    predicted = classifier.probabilities(texts, True, origin).argmax(-1)
     metrics = classification_metrics(predicted, np.asarray(gold), num_classes=len(form.labels))
     return {**metrics, "examples": len(gold)}

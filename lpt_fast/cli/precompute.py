@@ -43,8 +43,9 @@ from .data import (
 READ_RATE = 2e9  # bytes a second that --dry_run expects of reading (measured: bench/results)
 
 
-def read_splits(args: PrecomputeArguments, task, labelled: bool) -> list[tuple[dict, list | None]]:
-    """The texts by column of all splits that were named, with class ids where they are wanted.
+def read_splits(args: PrecomputeArguments, task, labelled: bool) -> list[tuple]:
+    """The texts by column of all splits that were named, with class ids where they are wanted,
+    and where they come from.
 
     Args:
         args: of the command.
@@ -62,16 +63,16 @@ def read_splits(args: PrecomputeArguments, task, labelled: bool) -> list[tuple[d
     found = []
     for source, name, needed in sources:
         try:
-            rows, texts = read_rows(source, name, task, columns, label)
+            rows, texts, origin = read_rows(source, name, task, columns, label)
         except FileNotFoundError:
             if needed:
                 raise
             continue  # a data set need not have all splits
         labels = None
         if labelled:
-            encoded = encode_labels(rows, label, list(task.labels), task.hub_label_ids)
+            encoded = encode_labels(rows, label, list(task.labels), task.hub_label_ids, origin)
             labels = list(encoded["labels"])
-        found.append((texts, labels))
+        found.append((texts, labels, origin))
     return found
 
 
@@ -106,8 +107,8 @@ def tokenised(args: PrecomputeArguments, model: nn.Module) -> list[dict]:
     )
     return [
         example
-        for texts, labels in read_splits(args, task, labelled=causal)
-        for example in formulation.encode(tokenizer, texts, labels)
+        for texts, labels, origin in read_splits(args, task, labelled=causal)
+        for example in formulation.encode(tokenizer, texts, labels, origin)
     ]
 
 

@@ -128,7 +128,9 @@ def train(args: TrainArguments) -> dict:
     model, formulation = build_model(args, data, tokenizer)
 
     def examples(split: Split | None):
-        return None if split is None else formulation.encode(tokenizer, split.texts, split.labels)
+        if split is None:
+            return None
+        return formulation.encode(tokenizer, split.texts, split.labels, split.origin)
 
     train_set, validation, test = (examples(s) for s in (data.train, data.validation, data.test))
     metrics = Metrics(formulation, tokenizer)

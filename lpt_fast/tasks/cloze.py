@@ -8,10 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .messages import shown
 from .spec import MASK_FIELD, TaskSpec, template_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class TextFault(ValueError):
+    """What is wrong with one text, for a caller who knows where it comes from."""
 
 
 def label_word_ids(
@@ -111,7 +116,7 @@ def encode_cloze(
             )
         for column, text in texts.items():
             if mask in text:
-                raise ValueError(
+                raise TextFault(
                     f"got the mask token {mask!r} inside the text of column {column!r}, expected "
                     "it only in the template: replace it in the data"
                 )
@@ -135,7 +140,7 @@ def encode_cloze(
         return {**encoded, "context_lengths": len(encoded["input_ids"])}
     positions = [i for i, t in enumerate(encoded["input_ids"]) if t == tokenizer.mask_token_id]
     if len(positions) != 1:
-        raise ValueError(
+        raise TextFault(
             f"got {len(positions)} mask tokens in the tokens of task {spec.name!r}, expected one: "
             f"check that the tokenizer keeps {mask!r} whole and that no text holds it"
         )
@@ -175,7 +180,7 @@ def encode_texts(
             )
         values = batch[name]
         # A bare string is a sequence of strings too: its letters would become the examples.
-        bad = repr(values) if isinstance(values, str) else _first_non_string(values)
+        bad = shown(values) if isinstance(values, str) else _first_non_string(values)
         if bad is not None:
             raise ValueError(
                 f"got {bad} in column {name!r}, expected a list of strings: pass a batch whose "
@@ -296,4 +301,4 @@ def _text_before_word(template: str) -> tuple[str, str]:
 
 
 def _first_non_string(values: Sequence[Any]) -> str | None:
-    return next((repr(value) for value in values if not isinstance(value, str)), None)
+    return next((shown(value) for value in values if not isinstance(value, str)), None)

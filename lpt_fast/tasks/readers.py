@@ -1,8 +1,9 @@
 """Data from files, folders or the hub as `datasets.Dataset`, with labels checked and encoded.
 
-Files are read by `datasets`, so that nothing is cached (a changed file is read anew), the text
-"null" or "NA" stays text, and stray quotes in TSV stay what they are (`files`).
-Rows in messages are counted from 1; a header is not a row.
+Nothing is cached (a changed file is read anew), the text "null" or "NA" stays text, and stray
+quotes in TSV stay what they are (`files`). What a label is: `labels`.
+Rows in messages are counted from 1; a header is not a row. Where rows are lines of a file, the
+line stands beside it, as an editor counts.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .labels import RULE, NoLabel, label_text
+from .messages import Origin, sentence, shown, some, with_source
 from .spec import TaskSpec
 
 if TYPE_CHECKING:
@@ -46,31 +49,52 @@ def read_split(
         seed: of that sample.
 
     Returns:
-        the rows, with all their columns. CSV and TSV give strings.
+        the rows, with all their columns (but those that `datasets` has no type for). CSV and TSV
+        give strings.
 
     Raises:
         FileNotFoundError: no such file, split file or hub dataset.
-        ValueError: unknown kind of file, no rows, no such column, a row without text or label, or
-            text that cannot be parsed.
+        ValueError: unknown kind of file, no rows, no such column, a row without text or label, a
+            label that is none (see `labels`), or text that cannot be parsed.
+    """
+    dataset, unfit, origin = _load(source, split)
+    available = [*dataset.column_names, *unfit]
+    if not available or not (unfit or len(dataset)):
+        raise ValueError(
+            sentence(
+                origin.source,
+                "no rows",
+                "one or more",
+                "check that the file holds data after its header",
+            )
+        )
+    columns = _text_column_names(origin.source, text_columns, available)
+    for column in [*columns, *([label_column] if label_column else [])]:
+        if column not in available:
+            raise _no_column(origin, column, available)
+        if column in unfit:
+            raise ValueError(
+                sentence(
+                    origin.source,
+                    unfit[column],
+                    "values of one plain kind",
+                    "make them alike, or name another column",
+                )
+            )
+    _check_texts(origin, dataset, columns)
+    if label_column:
+        label_keys(dataset, label_column, origin=origin)
+    return sample_rows(dataset, max_samples, seed)
+
+
+def sample_rows(dataset: Dataset, max_samples: int | None, seed: int) -> Dataset:
+    """A random sample of `max_samples` rows in their order; None: all.
+
+    Raises:
+        ValueError: max_samples below 1.
     """
     import numpy as np
 
-    dataset = _load(source, split)
-    if len(dataset) == 0:
-        raise ValueError(
-            f"{source}: got no rows, expected one or more: check that the file holds data after "
-            "its header"
-        )
-    columns = _text_column_names(source, text_columns, dataset.column_names)
-    for column in [*columns, *([label_column] if label_column else [])]:
-        if column not in dataset.column_names:
-            raise ValueError(
-                f"{source}: got no column {column!r}, expected it among {dataset.column_names}: "
-                "correct the name or the header"
-            )
-    _check_texts(source, dataset, columns)
-    if label_column:
-        label_keys(dataset, label_column, source=str(source))
     if max_samples is not None:
         if max_samples < 1:
             raise ValueError(
@@ -80,6 +104,22 @@ def read_split(
             rows = np.random.default_rng(seed).permutation(len(dataset))[:max_samples]
             dataset = dataset.select(np.sort(rows).tolist())
     return dataset
+
+
+def origin_of(source: str | Path, split: str | None = None) -> Origin:
+    """Where the rows of `read_split(source, split=split)` come from: the file, where it is one.
+
+    Raises:
+        FileNotFoundError, ValueError: a folder without one file for the split.
+    """
+    from .files import line_of
+
+    path = Path(source).expanduser()
+    if path.is_dir() and not _is_saved(path):
+        path = _split_file(path, split or "train")
+    if path.is_file():
+        return Origin(str(path), line=lambda row: line_of(path, row))
+    return Origin(str(source))
 
 
 def label_names(
@@ -111,6 +151,7 @@ def encode_labels(
     label_column: str,
     names: Sequence[str],
     label_ids: Mapping[int, str] | None = None,
+    origin: Origin | None = None,
 ) -> Dataset:
     """Add the integer column "labels" [N]: the place of each row's label in `names`.
 
@@ -119,23 +160,43 @@ def encode_labels(
     Args:
         names: of the training data (`label_names`) or the task (`TaskSpec.labels`).
         label_ids: integer in the data -> name (`TaskSpec.hub_label_ids`), for hub data.
+        origin: of the rows, for messages.
 
     Raises:
-        ValueError: a label that is not in `names`, a row without a label, or another column of
-            the name "labels".
+        ValueError: a label that is not in `names`, two names that are one label, a row without a
+            label, or another column of the name "labels".
     """
+    origin = origin or Origin()
     if "labels" in dataset.column_names and label_column != "labels":
         raise ValueError(
-            "got data that has a column 'labels' already, expected that name to be free: rename "
-            "or remove it"
+            sentence(
+                origin.source,
+                f"a column 'labels' already beside {shown(label_column)}",
+                "that name to be free",
+                "rename or remove it",
+            )
         )
-    place = {str(name): i for i, name in enumerate(names)}
+    names = [str(name) for name in names]
+    place = {_name_key(name): i for i, name in enumerate(names)}
+    if len(place) < len(names):
+        raise ValueError(
+            sentence(
+                origin.source,
+                f"the class names {some(names)}",
+                "a different label for each (spaces around one, and .0, do not count)",
+                "rename one",
+            )
+        )
     ids = []
-    for row, key in enumerate(label_keys(dataset, label_column, label_ids), start=1):
+    for row, key in enumerate(label_keys(dataset, label_column, label_ids, origin)):
         if key not in place:
             raise ValueError(
-                f"got the label {key!r} in row {row}, expected one of {list(place)}: correct the "
-                "row, or train with data that has this label"
+                sentence(
+                    origin.source,
+                    f"the label {shown(key)} in {origin.row(row)}",
+                    f"one of {some(names)}",
+                    "correct the row, or train with data that has this label",
+                )
             )
         ids.append(place[key])
     if label_column == "labels":
@@ -147,78 +208,99 @@ def label_keys(
     dataset: Dataset,
     label_column: str,
     label_ids: Mapping[int, str] | None = None,
-    source: str = "data",
+    origin: Origin | None = None,
 ) -> list[str]:
-    """Each row's label as text: [N] names.
+    """Each row's label as text, by the rule of `labels`: [N] names.
 
     Raises:
-        ValueError: no such column, or a row without a label.
+        ValueError: no such column, a row without a label, or one that is none.
     """
+    origin = origin or Origin()
     if label_column not in dataset.column_names:
-        raise ValueError(
-            f"{source}: got no column {label_column!r}, expected it among "
-            f"{dataset.column_names}: correct the name"
-        )
-    feature = dataset.features[label_column]
-    names = getattr(feature, "names", None)
+        raise _no_column(origin, label_column, dataset.column_names)
+    names = getattr(dataset.features[label_column], "names", None)
+    given = {str(number): name for number, name in (label_ids or {}).items()}
     keys = []
-    for row, value in enumerate(dataset[label_column], start=1):
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)  # An integer column with gaps comes as floats.
-        # value != value: NaN. A negative ClassLabel: the hub's mark for hidden test labels.
-        missing = value is None or value != value or (isinstance(value, str) and not value.strip())
-        if missing or (names and isinstance(value, int) and value < 0):
+    for row, value in enumerate(dataset[label_column]):
+        try:
+            # A negative ClassLabel: the hub's mark for hidden test labels.
+            if names and isinstance(value, int) and value < 0:
+                raise NoLabel(f"no label ({value})", missing=True)
+            key = label_text(value)
+        except NoLabel as error:
+            column = f"in {origin.row(row, label_column)}"
+            wanted = "one in every row" if error.missing else RULE
+            way_out = "give each class a name or a whole number"
+            if error.missing:
+                way_out = "fill or drop the row, or choose a labelled split"
             raise ValueError(
-                f"{source}: got no label ({value!r}) in row {row} of column {label_column!r}, "
-                "expected one in every row: fill or drop the row, or choose a labelled split"
-            )
-        if label_ids is not None and isinstance(value, int) and value in label_ids:
-            keys.append(label_ids[value])
-        elif names and isinstance(value, int):
-            keys.append(names[value])
+                sentence(origin.source, f"{error} {column}", wanted, way_out)
+            ) from None
+        if key in given and key not in given.values():
+            keys.append(given[key])
         else:
-            keys.append(str(value))
+            keys.append(_name_key(names[value]) if names else key)
     return keys
 
 
+def _name_key(name: str) -> str:
+    """How the label of this class reads in data."""
+    try:
+        return label_text(name)
+    except NoLabel:  # A class of a hub dataset may have any name.
+        return name
+
+
+def _no_column(origin: Origin, column: str, available: list[str]) -> ValueError:
+    return ValueError(
+        sentence(
+            origin.source,
+            f"no column {shown(column)}",
+            f"it among {some(available)}",
+            "correct the name or the header",
+        )
+    )
+
+
 def _text_column_names(
-    source: str | Path, text_columns: TaskSpec | str | Sequence[str] | None, available: list[str]
+    source: str, text_columns: TaskSpec | str | Sequence[str] | None, available: list[str]
 ) -> list[str]:
     if isinstance(text_columns, TaskSpec):
         try:
             return list(text_columns.resolve_columns(available).values())
         except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
+            raise ValueError(with_source(source, str(error))) from error
     if isinstance(text_columns, str):
         return [text_columns]
     return list(text_columns or ())
 
 
-def _check_texts(source: str | Path, dataset: Dataset, columns: list[str]) -> None:
+def _check_texts(origin: Origin, dataset: Dataset, columns: list[str]) -> None:
     if not columns:
         return
-    for row, texts in enumerate(zip(*(dataset[c] for c in columns), strict=True), start=1):
-        for column, text in zip(columns, texts, strict=True):
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"{source}: got {text!r} in row {row} of column {column!r}, expected text: "
-                    "fill or drop the row"
-                )
-        if not any(text.strip() for text in texts):
-            raise ValueError(
-                f"{source}: got an empty text in row {row} of column {columns[0]!r}, expected "
-                "some: fill or drop the row"
+    for row, texts in enumerate(zip(*(dataset[c] for c in columns), strict=True)):
+        wrong = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
+        if wrong is None and any(text.strip() for text in texts):
+            continue
+        got, column = ("an empty text", 0) if wrong is None else (shown(texts[wrong]), wrong)
+        raise ValueError(
+            sentence(
+                origin.source,
+                f"{got} in {origin.row(row, columns[column])}",
+                "text",
+                "fill or drop the row",
             )
+        )
 
 
-def _load(source: str | Path, split: str | None) -> Dataset:
+def _load(source: str | Path, split: str | None) -> tuple[Dataset, dict[str, str], Origin]:
     from .files import KNOWN_SUFFIXES, read_file
 
-    path = Path(source).expanduser()
-    if path.is_file():
-        return read_file(path)
+    origin, path = origin_of(source, split), Path(source).expanduser()
+    if path.is_file() or (path.is_dir() and not _is_saved(path)):
+        return *read_file(Path(origin.source)), origin
     if path.is_dir():
-        return _load_folder(path, split or "train")
+        return _load_saved(path, split or "train"), {}, origin
     parts = str(source).split("/")
     is_hub = isinstance(source, str) and len(parts) in (2, 3) and all(parts) and parts[0] != ".."
     if not is_hub or path.suffix.lower() in KNOWN_SUFFIXES or str(source).startswith((".", "~")):
@@ -226,43 +308,62 @@ def _load(source: str | Path, split: str | None) -> Dataset:
             f"got {str(source)!r}, which does not exist, expected a file, a folder or a hub name "
             "like 'glue/sst2': check the path"
         )
-    return _load_hub(str(source), split or "train")
+    return _load_hub(str(source), split or "train"), {}, origin
 
 
-def _load_folder(folder: Path, split: str) -> Dataset:
-    from .files import KNOWN_SUFFIXES, read_file
+def _is_saved(folder: Path) -> bool:
+    """Written by `save_to_disk`."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        from datasets import DatasetDict, load_from_disk
 
-        saved = load_from_disk(str(folder))
-        if not isinstance(saved, DatasetDict):
-            # One data set is one split; to give it for another would test on the training rows.
-            if split != "train":
-                raise FileNotFoundError(
-                    f"{folder}: got one data set without splits, expected a split {split!r}: save "
-                    "a DatasetDict, or give the files of the splits"
-                )
-            return saved
-        if split not in saved:
+def _load_saved(folder: Path, split: str) -> Dataset:
+    from datasets import DatasetDict, load_from_disk
+
+    saved = load_from_disk(str(folder))
+    if not isinstance(saved, DatasetDict):
+        # One data set is one split; to give it for another would test on the training rows.
+        if split != "train":
             raise FileNotFoundError(
-                f"{folder}: got no split {split!r}, expected one of {list(saved)}: choose one"
+                sentence(
+                    folder,
+                    "one data set without splits",
+                    f"a split {split!r}",
+                    "save a DatasetDict, or give the files of the splits",
+                )
             )
-        return saved[split]
+        return saved
+    if split not in saved:
+        raise FileNotFoundError(
+            sentence(folder, f"no split {split!r}", f"one of {some(saved)}", "choose one")
+        )
+    return saved[split]
+
+
+def _split_file(folder: Path, split: str) -> Path:
+    from .files import KNOWN_SUFFIXES
+
     names = next((group for group in _SPLIT_NAMES if split in group), ())
     for name in (split, *names):
         found = [folder / f"{name}{suffix}" for suffix in KNOWN_SUFFIXES]
         found = [path for path in found if path.is_file()]
         if len(found) > 1:
             raise ValueError(
-                f"{folder}: got {[path.name for path in found]} for split {split!r}, expected one "
-                "file: give the path of the one you mean"
+                sentence(
+                    folder,
+                    f"{some(path.name for path in found)} for split {split!r}",
+                    "one file",
+                    "give the path of the one you mean",
+                )
             )
         if found:
-            return read_file(found[0])
+            return found[0]
     raise FileNotFoundError(
-        f"{folder}: got no file for split {split!r}, expected {split} with one of "
-        f"{', '.join(KNOWN_SUFFIXES)}: rename the file or give its path"
+        sentence(
+            folder,
+            f"no file for split {split!r}",
+            f"{split} with one of {', '.join(KNOWN_SUFFIXES)}",
+            "rename the file or give its path",
+        )
     )
 
 
@@ -280,7 +381,7 @@ def _load_hub(name: str, split: str) -> Dataset:
         if "split" not in str(error):
             raise
         raise FileNotFoundError(
-            f"{name}: got no split {split!r}: {' '.join(str(error).split())}"
+            sentence(name, f"no split {split!r} ({error})", "one that it has", "choose another")
         ) from error
     except OSError as error:  # Not found, no connection, offline: all of them are OSErrors.
         raise FileNotFoundError(

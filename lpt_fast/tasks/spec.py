@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .messages import shown, some
+
 METRICS = ("accuracy", "f1", "matthews_correlation")
 MASK_FIELD = "mask"
 
@@ -157,7 +159,8 @@ class TaskSpec:
                 return dict(zip(self.text_columns, names, strict=True))
         known = " or ".join(str(list(n)) for n in (self.text_columns, self.hub_columns) if n)
         raise ValueError(
-            f"task {self.name!r}: got the columns {available}, expected {known}: rename the columns"
+            f"task {self.name!r}: got the columns {some(available)}, expected {known}: rename "
+            "the columns"
         )
 
     def fields(self, example: Mapping[str, Any]) -> dict[str, str]:
@@ -169,9 +172,9 @@ class TaskSpec:
         texts = {}
         for column, actual in self.resolve_columns(example).items():
             if not isinstance(example[actual], str):
+                got = f"{shown(example[actual])} in column {actual!r}"
                 raise ValueError(
-                    f"task {self.name!r}: got {example[actual]!r} in column {actual!r}, expected "
-                    "a string: fill or drop such rows"
+                    f"task {self.name!r}: got {got}, expected a string: fill or drop such rows"
                 )
             texts[column] = example[actual]
         return texts

@@ -6,6 +6,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+from .messages import shown
 from .spec import TaskSpec
 
 _REQUIRED = ("name", "text_columns", "template", "label_words")
@@ -30,7 +31,7 @@ def read_yaml_task(path: Path) -> TaskSpec:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        detail = " ".join(str(error).split())
+        detail = " ".join(str(error).split())[:120]
         raise ValueError(
             f"{path}: got text that is no YAML ({detail}), expected key: value lines: quote "
             "templates, which hold braces and colons"
@@ -46,14 +47,14 @@ def read_yaml_task(path: Path) -> TaskSpec:
         columns = [columns]
     if not isinstance(columns, list) or not all(isinstance(c, str) for c in columns):
         raise ValueError(
-            f"{path}: got text_columns {columns!r}, expected one column name or a list of two: "
-            "write it as [sentence1, sentence2]"
+            f"{path}: got text_columns {shown(columns)}, expected one column name or a list of "
+            "two: write it as [sentence1, sentence2]"
         )
     for key in ("name", "template", "metric", "decoder_template"):
         value = content.get(key)
         if not isinstance(value, str) and not (key in _OPTIONAL and value is None):
             raise ValueError(
-                f"{path}: got {value!r} for {key}, expected text: put it in double quotes"
+                f"{path}: got {shown(value)} for {key}, expected text: put it in double quotes"
             )
     return TaskSpec(
         name=content["name"],
@@ -86,7 +87,7 @@ def _check_keys(path: Path, content: dict[Any, Any]) -> None:
 def _label_words(path: Path, value: Any) -> dict[str, str]:
     if not isinstance(value, dict):
         raise ValueError(
-            f"{path}: got label_words {value!r}, expected a mapping from label to word: write "
+            f"{path}: got label_words {shown(value)}, expected a mapping from label to word: write "
             "one label: word a line"
         )
     words = {}
@@ -95,8 +96,8 @@ def _label_words(path: Path, value: Any) -> dict[str, str]:
         # words of just these kinds are common ("Yes"), so the sentence says what happened.
         if isinstance(label, bool) or not isinstance(label, str | int) or not isinstance(word, str):
             raise ValueError(
-                f"{path}: got {label!r}: {word!r} in label_words, expected text for both (YAML "
-                "reads a bare yes, no, on, off or null as something else): put them in quotes"
+                f"{path}: got {shown(label)}: {shown(word)} in label_words, expected text for both "
+                "(YAML reads a bare yes, no, on, off or null as something else): put them in quotes"
             )
         words[str(label)] = word
     return words
