@@ -227,12 +227,9 @@ def find_folders(root: Path) -> list[Path]:
         )
     if (root / MANIFEST).exists():
         return [root]
-    # (A copy that `export` did not finish ends in .part.)
-    return sorted(
-        p
-        for p in root.iterdir()
-        if (p / MANIFEST).exists() and not p.is_symlink() and p.suffix != ".part"
-    )
+    # (A copy that `export` did not finish ends in .part. A cache may be a link to its folder, on a
+    # disk with more room, as it may be where a model says which cache is meant.)
+    return sorted(p for p in root.iterdir() if (p / MANIFEST).exists() and p.suffix != ".part")
 
 
 def folder_size(path: Path) -> int:

@@ -149,22 +149,24 @@ class RowReader:
 
     def _fill_from_files(self, rows, sizes: list[int], skip: int, target: memoryview) -> None:
         """Bytes of `rows`, each after `skip` bytes, read from the shards and checked."""
-        place = skip
         table, check = self.table, self.check == "read"
-        shards = table.shard[rows].tolist()
-        files = {shard: self.files.get(shard) for shard in set(shards)}
-        fds = {shard: file.fileno() for shard, file in files.items()}
+        shards, offsets = table.shard[rows].tolist(), table.offset[rows].tolist()
+        hashes = table.hash[rows].tolist()
+        places = (np.cumsum(sizes) - sizes + skip * np.arange(1, len(sizes) + 1)).tolist()
         pread, digest = os.preadv, xxhash.xxh3_64_intdigest
-        for i, (shard, offset, size, wanted) in enumerate(
-            zip(shards, table.offset[rows].tolist(), sizes, table.hash[rows].tolist(), strict=True)
-        ):
-            view = target[place : place + size]
-            got = pread(fds[shard], [view], offset)
+        # Shard by shard: one file is held at a time, however few a process may open.
+        last = file = None
+        for i in np.argsort(table.shard[rows], kind="stable").tolist():
+            if shards[i] != last:
+                last, file = shards[i], self.files.get(shards[i])
+                fd = file.fileno()
+            size = sizes[i]
+            view = target[places[i] : places[i] + size]
+            got = pread(fd, [view], offsets[i])
             if got != size:
-                self._read_rest(files[shard], view, got, offset, int(rows[i]))
-            if check and digest(view) != wanted:
+                self._read_rest(file, view, got, offsets[i], int(rows[i]))
+            if check and digest(view) != hashes[i]:
                 raise self._corrupt(int(rows[i]), "does not match its hash")
-            place += size + skip
 
     def _read_rest(self, file, view: memoryview, got: int, offset: int, row: int) -> None:
         while got < len(view):

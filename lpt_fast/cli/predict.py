@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from pathlib import Path
 from typing import TextIO
 
 from .arguments import PredictArguments
 from .data import read_rows, text_columns_of
 from .inference import Classifier
+from .outputs import check_file, whole_file
 
 
 def read_texts(args: PredictArguments, stdin: TextIO, formulation) -> dict[str, list[str]]:
@@ -52,6 +50,8 @@ def read_texts(args: PredictArguments, stdin: TextIO, formulation) -> dict[str, 
 
 def predict(args: PredictArguments, stdin: TextIO, stdout: TextIO) -> None:
     """Labels every text. A file is written as a whole or not at all."""
+    if args.output_file != "-":
+        check_file(args.output_file, "--output_file")
     classifier = Classifier(
         args.adapter,
         args.model,
@@ -64,14 +64,8 @@ def predict(args: PredictArguments, stdin: TextIO, stdout: TextIO) -> None:
     if args.output_file == "-":
         _write(stdout, args.output_format, texts, classifier.labels, predictions)
         return
-    target = Path(args.output_file)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {target.parent} to write {target.name} to.")
-    with tempfile.NamedTemporaryFile(
-        "w", dir=target.parent, delete=False, encoding="utf-8", suffix=".part"
-    ) as part:
-        _write(part, args.output_format, texts, classifier.labels, predictions)
-    os.replace(part.name, target)
+    with whole_file(args.output_file) as out:
+        _write(out, args.output_format, texts, classifier.labels, predictions)
 
 
 def _write(out: TextIO, kind: str, texts: dict, labels: list[str], predictions: list[dict]) -> None:

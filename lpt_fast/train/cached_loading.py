@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from transformers.trainer_utils import has_length
 from transformers.utils import is_datasets_available
 
 from ..cache import ActivationCache
@@ -167,8 +168,8 @@ class CachedLoading:
         if self.compute_loss_func is not None or self._has_own_loss() or not self.label_names:
             return
         dataset = self.train_dataset
-        if not hasattr(dataset, "__getitem__") or len(dataset) == 0:
-            return
+        if not hasattr(dataset, "__getitem__") or not has_length(dataset) or len(dataset) == 0:
+            return  # a stream is read when it is its turn
         names = {*self.label_names, "label", "label_ids"}
         with torch.random.fork_rng(devices=[]):  # these may draw; the order stays Trainer's
             example = dataset[0]

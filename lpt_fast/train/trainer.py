@@ -80,6 +80,8 @@ class LPTTrainer(CachedLoading, CountedTraining, Trainer):
                 f"`activation_cache` is a {type(activation_cache).__name__}, expected a folder or "
                 "an ActivationCache; ActivationCache.open(folder, model) gives one."
             )
+        if isinstance(activation_cache, str | Path):  # wherever the process goes later
+            activation_cache = Path(activation_cache).expanduser().absolute()
         self.activation_cache = activation_cache
         self._upper, self._cuda_graphs = upper, cuda_graphs
         self.hold_projections, self.readout_only = hold_projections, readout_only
