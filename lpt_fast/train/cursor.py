@@ -18,10 +18,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch.utils.data import Sampler
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import BatchRebalanceSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 FILE = "lpt_cursor.json"
 WEIGHT = "lpt_part_weight"  # of a part of a batch, among the inputs of a step
@@ -101,6 +102,14 @@ def last_checkpoint(folder: str | Path) -> Path | None:
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return max(found)[1] if found else None
+
+
+def is_numbered(dataset) -> bool:
+    """Whether examples are taken by number, in an order that a sampler gives. Others come as a
+    stream; one may know its length, and torch's have a `__getitem__` that only raises.
+    """
+    stream = isinstance(dataset, torch.utils.data.IterableDataset)
+    return not stream and hasattr(dataset, "__getitem__") and has_length(dataset)
 
 
 class Part(list):

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.trainer_utils import has_length
 
-from .cursor import WEIGHT, Cursor, Part, SharedBatches, last_checkpoint
+from .cursor import WEIGHT, Cursor, Part, SharedBatches, is_numbered, last_checkpoint
 from .training_record import RecordedTraining
 
 _LOADER = ("num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context")
@@ -108,16 +107,10 @@ class CountedTraining(RecordedTraining):
     def _order_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
-    def _numbered(self) -> bool:
-        """Whether a sampler says which examples come next, and not the data set itself."""
-        data = self.train_dataset
-        stream = isinstance(data, torch.utils.data.IterableDataset)
-        return data is not None and has_length(data) and not stream
-
     def _counts(self) -> bool:
         config = self.args.accelerator_config
         return (
-            self._numbered()
+            is_numbered(self.train_dataset)
             and self.args.train_sampling_strategy in _STRATEGIES
             and type(self)._get_train_sampler is CountedTraining._get_train_sampler
             and not config.split_batches
@@ -275,7 +268,9 @@ class CountedTraining(RecordedTraining):
         again.
         """
         strategy = self.args.train_sampling_strategy
-        redrawn = strategy in ("group_by_length", "batch_rebalance") and self._numbered()
+        redrawn = strategy in ("group_by_length", "batch_rebalance") and is_numbered(
+            self.train_dataset
+        )
         if in_mid_epoch and redrawn:
             why = "it does not say where it stands"
             if self._shared is None:
