@@ -150,23 +150,24 @@ class RowReader:
     def _fill_from_files(self, rows, sizes: list[int], skip: int, target: memoryview) -> None:
         """Bytes of `rows`, each after `skip` bytes, read from the shards and checked."""
         table, check = self.table, self.check == "read"
-        shards, offsets = table.shard[rows].tolist(), table.offset[rows].tolist()
-        hashes = table.hash[rows].tolist()
+        offsets, hashes = table.offset[rows].tolist(), table.hash[rows].tolist()
         places = (np.cumsum(sizes) - sizes + skip * np.arange(1, len(sizes) + 1)).tolist()
+        groups: dict[int, list[int]] = {}
+        for i, shard in enumerate(table.shard[rows].tolist()):
+            groups.setdefault(shard, []).append(i)
         pread, digest = os.preadv, xxhash.xxh3_64_intdigest
-        # Shard by shard: one file is held at a time, however few a process may open.
-        last = file = None
-        for i in np.argsort(table.shard[rows], kind="stable").tolist():
-            if shards[i] != last:
-                last, file = shards[i], self.files.get(shards[i])
-                fd = file.fileno()
-            size = sizes[i]
-            view = target[places[i] : places[i] + size]
-            got = pread(fd, [view], offsets[i])
-            if got != size:
-                self._read_rest(file, view, got, offsets[i], int(rows[i]))
-            if check and digest(view) != hashes[i]:
-                raise self._corrupt(int(rows[i]), "does not match its hash")
+        for shard, members in groups.items():
+            file = self.files.get(shard)  # one at a time, however few a process may open
+            fd = file.fileno()
+            for i in members:
+                size = sizes[i]
+                view = target[places[i] : places[i] + size]
+                got = pread(fd, [view], offsets[i])
+                if got != size:
+                    self._read_rest(file, view, got, offsets[i], int(rows[i]))
+                if check and digest(view) != hashes[i]:
+                    raise self._corrupt(int(rows[i]), "does not match its hash")
+            file = None  # let go before the next is opened
 
     def _read_rest(self, file, view: memoryview, got: int, offset: int, row: int) -> None:
         while got < len(view):
