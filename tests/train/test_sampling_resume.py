@@ -53,11 +53,11 @@ def trainer_of(model, folder, cls=Watched, callbacks=(), cache=None, **settings)
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(
-    ("steps", "accumulate"), [(3, 1), pytest.param(6, 2, marks=pytest.mark.slow)]
+    ("steps", "accumulate"), [(9, 1), pytest.param(6, 2, marks=pytest.mark.slow)]
 )
 def test_every_example_trains_once_an_epoch(tmp_path, strategy, steps, accumulate):
-    """50 examples, 8 at a time: 7 batches an epoch. Stopped in the middle of the first or, after 6
-    steps of 2 batches, of the second epoch.
+    """50 examples, 8 at a time: 7 batches an epoch. Stopped in the middle of the second, after 9
+    steps or after 6 of 2 batches.
     """
     settings = {"train_sampling_strategy": strategy, "gradient_accumulation_steps": accumulate}
     whole, first = model_of(dropout=0.3), model_of(dropout=0.3)
@@ -79,11 +79,12 @@ def test_the_same_with_a_cache(tmp_path, strategy):
     models = [model_of(), model_of(), model_of(seed=8)]
     how = {"train_sampling_strategy": strategy, "cls": LPTTrainer, "cache": tmp_path / "cache"}
     trainer_of(models[0], tmp_path / "a", **how).train()
-    trainer_of(models[1], tmp_path / "b", callbacks=[Stop(3)], **how).train()
+    trainer_of(models[1], tmp_path / "b", callbacks=[Stop(9)], **how).train()
     trainer_of(models[2], tmp_path / "b", **how).train(resume_from_checkpoint=True)
     assert_same(trained(models[2]), trained(models[0]), atol=0, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_with_another_batch_size(tmp_path, strategy):
     """3 steps of 8 examples are 24; the other 26 of the epoch follow, 5 at a time."""
@@ -142,6 +143,7 @@ def test_another_strategy_is_refused(tmp_path):
     assert len(str(error.value)) - len(str(tmp_path)) <= 300
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_checkpoints_of_the_stock_trainer(tmp_path, strategy):
     """Orders that the seed gives go on; an order that nobody can draw again is refused in
