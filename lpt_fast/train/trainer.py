@@ -22,6 +22,7 @@ from .cached_dataset import PendingBatch, ReadAhead
 from .cached_loading import CachedLoading
 from .collators import IGNORED, CachedCollator, LabelRules
 from .exact_resume import CountedTraining
+from .training_record import compare_names
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +145,7 @@ class LPTTrainer(CachedLoading, CountedTraining, Trainer):
         if self._upper is not None:
             late.upper = self._upper
         self._late_prompt = late
+        compare_names(late)
 
     def call_model_init(self, trial=None):
         """As Trainer's; the new model's late prompt is the one that counts."""

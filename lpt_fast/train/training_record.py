@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from torch import nn
 
 from ..backbone.families import get_layers
 from ..method.late_prompt import LatePrompt
+
+logger = logging.getLogger(__name__)
 
 FILE = "lpt_training.json"
 ADAPTER = "adapter_config.json"  # PEFT's; in checkpoints that were written before FILE was
@@ -162,6 +165,23 @@ def _other_labels(there: list[str] | None, here: list[str] | None) -> str | None
 def _unnamed(names: list[str]) -> bool:
     """Whether these are the names of a model to which nobody gave any."""
     return all(re.fullmatch(rf"LABEL_{i}", name) for i, name in enumerate(names))
+
+
+def compare_names(late: LatePrompt) -> None:
+    """Warns where an adapter that was trained before names its classes otherwise than the model
+    into which it was loaded.
+    """
+    config, own = late.active_config, (late.base_labels or (None, None))[1]
+    if config is None or not own or not config.id2label or len(own) != len(config.id2label):
+        return
+    theirs = [str(config.id2label[i]) for i in sorted(config.id2label)]
+    difference = _other_labels(theirs, [str(own[i]) for i in sorted(own)])
+    if difference:
+        logger.warning(
+            "The adapter names its classes otherwise than the model (%s); the adapter's names are "
+            "those that its head knows, and are saved. Give labels by these, or a new adapter.",
+            difference.replace(" there", " in the adapter").replace(" here", " in the model"),
+        )
 
 
 class RecordedTraining:

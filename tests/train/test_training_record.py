@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer
 
 from lpt_fast import LPTConfig, LPTTrainer
@@ -187,3 +187,18 @@ def test_methods_without_a_late_prompt(tmp_path):
     assert train(lora(("bad", "good")), tmp_path / "b", checkpoint, Counted).state.global_step == 4
     with pytest.raises(ValueError, match="class 1 is 'good' there, 'fine' here"):
         train(lora(("bad", "fine")), tmp_path / "c", checkpoint, Counted)
+
+
+def test_an_adapter_that_was_loaded(tmp_path, caplog):
+    """Its names are those that its head knows; a model that has others is told so."""
+    model_with().save_pretrained(tmp_path / "adapter")
+    said = []
+    for names in (("bad", "good"), ("LABEL_0", "LABEL_1"), ("bad", "good", "new"), ("good", "bad")):
+        caplog.clear()
+        base = tiny("bert", "SEQ_CLS", id2label=dict(enumerate(names)))
+        model = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+        trainer = LPTTrainer(model, arguments(tmp_path / "out"), collate, rows())
+        assert trainer.all_facts()["labels"] == ["bad", "good"]
+        said.append([line for line in caplog.messages if "names its classes" in line])
+    assert said[:3] == [[], [], []]
+    assert "(class 0 is 'bad' in the adapter, 'good' in the model)" in said[3][0]
