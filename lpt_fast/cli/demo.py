@@ -57,7 +57,8 @@ def run(model: str | None, output_dir: str, epochs: float, seed: int) -> dict:
     start = time.perf_counter()
     model = os.path.expanduser(model) if model else demo_model()
     output_dir = os.path.expanduser(output_dir)
-    check_folder(output_dir, "--output_dir")
+    for name in ("", "data", "head_only", "cache"):
+        check_folder(Path(output_dir) / name, "--output_dir")
     folder = Path(output_dir)
     typer.echo(
         "1. Which package family does this sentence come from? Collecting sentences from "

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TextIO
 
 
-def check_folder(path: str | Path, flag: str) -> None:
+def check_folder(path: str | Path, flag: str, *files: str) -> None:
     """Looks whether a folder can be made, or written to where there is one already.
 
     Args:
         path: of the folder.
         flag: the setting that names it, for the message.
+        files: names of files that will be written to it.
 
     Raises:
         ValueError: something else has its name, or it cannot be written to.
@@ -29,6 +30,12 @@ def check_folder(path: str | Path, flag: str) -> None:
         where = f"is {path}" if there == path else f"is {path} below {there}"
         raise ValueError(f"`{flag}` {where}, which is {what}, expected a folder; name another.")
     _check_writable(there, path, flag)
+    for name in files:
+        if (path / name).is_dir():
+            raise ValueError(
+                f"`{flag}` is {path}, in which {name} is a folder, expected a file or nothing of "
+                "that name; name another, or take it away."
+            )
 
 
 def check_file(path: str | Path, flag: str) -> None:

@@ -36,6 +36,7 @@ from .task_data import Split, read_data
 
 # Peak learning rates where none is given: customary for each method, not tuned to a task.
 LEARNING_RATES = {"lpt": 1e-3, "head": 1e-3, "lora": 1e-3, "prompt_tuning": 1e-2, "full": 1e-4}
+RESULTS = "results.json"
 # A task's metric -> its name among the results.
 _METRIC = {"accuracy": "accuracy", "f1": "f1", "matthews_correlation": "mcc"}
 
@@ -129,7 +130,7 @@ def train(args: TrainArguments) -> dict:
     """
     _check_trackers(args.report_to)
     resumed = _checkpoint(args)
-    check_folder(args.output_dir, "--output_dir")
+    check_folder(args.output_dir, "--output_dir", RUN_FILE, RESULTS)
     if args.activation_cache is not None:
         check_folder(args.activation_cache, "--activation_cache")
     data = read_data(args)
@@ -195,7 +196,7 @@ def train(args: TrainArguments) -> dict:
         trainer.save_model(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)
         folder = Path(args.output_dir)
-        for name, content in ((RUN_FILE, formulation.to_json()), ("results.json", results)):
+        for name, content in ((RUN_FILE, formulation.to_json()), (RESULTS, results)):
             (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
     return results
 

@@ -61,6 +61,16 @@ def test_folders_of_every_command(tmp_path, taken, monkeypatch):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_what_lies_in_the_folder(tmp_path):
+    """Files that a folder has in the place of folders, and the other way round."""
+    (tmp_path / "results.json").mkdir()
+    (tmp_path / "head_only").touch()
+    said = refused("train", "--model", "m", "--train_file", "t", "--output_dir", tmp_path)
+    assert "in which results.json is a folder, expected a file or nothing of that name" in said
+    said = refused("demo", "--model", "m", "--output_dir", tmp_path)
+    assert f"`--output_dir` is {tmp_path / 'head_only'}, which is a file" in said
+
+
 def test_the_file_of_predict(tmp_path, taken):
     """The adapter is not there either, which would be said later."""
     call = ("predict", "--adapter", tmp_path / "none", "--input_file", "x", "--output_file")
