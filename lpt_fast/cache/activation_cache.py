@@ -111,7 +111,7 @@ class ActivationCache(Filling):
         device: torch.device | str | None = None,
     ) -> ActivationCache:
         """Opens a cache, or a folder for one that `ensure` or `build` will fill. See the class."""
-        path = Path(path)
+        path = Path(path).expanduser().absolute()  # wherever the process goes later
         if path.exists() and not path.is_dir():
             raise CacheError(f"{path} is a file, expected the folder of a cache; give its folder.")
         if store is not None and store not in STORES:

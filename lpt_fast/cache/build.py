@@ -13,7 +13,7 @@ import torch
 
 from . import quantize
 from .build_settings import BuildReport, BuildSettings, check_room
-from .errors import CacheError
+from .errors import CacheError, reason
 from .folder import MANIFEST, Folder, ShardEntry
 from .forward import Runner, batches_of
 from .index import KeyTable
@@ -342,11 +342,11 @@ class Builder:
 def _cannot_write(path: Path, error: OSError) -> CacheError:
     if error.errno in FULL:
         return CacheError(
-            f"There is no room in {path} ({error.strerror}); what is finished stays, so make room "
+            f"There is no room in {path} ({reason(error)}); what is finished stays, so make room "
             "or name another folder and start again."
         )
     return CacheError(
-        f"The cache folder {path} cannot be written: {error.strerror}; give a folder that can be "
+        f"The cache folder {path} cannot be written: {reason(error)}; give a folder that can be "
         "written, or a cache that has all the rows already."
     )
 

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .errors import CacheError, CorruptCacheError
+from .errors import CacheError, CorruptCacheError, reason
 from .shard import open_file, read_exactly, write_all
 
 MAX_BYTES = 1 << 28  # an index of a million shards
@@ -70,7 +70,7 @@ def read_document(path: Path, way_out: str) -> dict[str, Any]:
             raise CorruptCacheError(f"{path} has {size} bytes, expected at most {MAX_BYTES}.")
         data = read_exactly(fd, size, 0, path)
     except OSError as error:
-        raise CacheError(f"{path} cannot be read: {error.strerror}.") from None
+        raise CacheError(f"{path} cannot be read: {reason(error)}.") from None
     finally:
         os.close(fd)
     try:

@@ -4,6 +4,8 @@ out.
 
 from __future__ import annotations
 
+import errno
+
 
 class CacheError(ValueError):
     """The cache cannot do what was asked of it."""
@@ -19,3 +21,10 @@ class CacheBusyError(CacheError):
 
 class MissingRowsError(CacheError):
     """Texts that were asked for are not in the cache."""
+
+
+def reason(error: OSError) -> str:
+    """What the operating system said; of too many open files also the way out."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "too many open files; allow more (`ulimit -n 4096`), or use fewer worker processes"
+    return str(error.strerror)

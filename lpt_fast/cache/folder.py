@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from .documents import read_document, write_document
-from .errors import CacheError, CorruptCacheError
+from .errors import CacheError, CorruptCacheError, reason
 from .identity import Identity
 from .shard import MAX_ROWS, REPAIR, STORES, Tables, open_file, read_tables, shard_name
 
@@ -190,7 +190,7 @@ class Folder:
                 )
             tables = read_tables(fd, size, path)
         except OSError as error:
-            raise CacheError(f"{path} cannot be read: {error.strerror}.") from None
+            raise CacheError(f"{path} cannot be read: {reason(error)}.") from None
         finally:
             os.close(fd)
         layout = tables.layout
@@ -227,12 +227,13 @@ def find_folders(root: Path) -> list[Path]:
         )
     if (root / MANIFEST).exists():
         return [root]
-    # (A copy that `export` did not finish ends in .part.)
-    return sorted(
-        p
-        for p in root.iterdir()
-        if (p / MANIFEST).exists() and not p.is_symlink() and p.suffix != ".part"
-    )
+    # (A copy that `export` did not finish ends in .part. A cache may be a link to its folder, on a
+    # disk with more room, as it may be where a model says which cache is meant.)
+    try:
+        there = list(root.iterdir())
+    except OSError as error:
+        raise CacheError(f"The folder {root} cannot be read: {reason(error)}.") from None
+    return sorted(p for p in there if (p / MANIFEST).exists() and p.suffix != ".part")
 
 
 def folder_size(path: Path) -> int:

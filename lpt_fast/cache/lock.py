@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import CacheBusyError, CacheError
+from .errors import CacheBusyError, CacheError, reason
 from .folder import LOCK
 
 
@@ -62,7 +62,7 @@ def building(folder: Path, wait: float = 0) -> Iterator[None]:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise CacheError(
-            f"The cache folder {folder} cannot be written: {error.strerror} (at {path.name}); give "
+            f"The cache folder {folder} cannot be written: {reason(error)} (at {path.name}); give "
             "a folder that can be written, or a cache that has all the rows already."
         ) from None
     try:

@@ -149,22 +149,25 @@ class RowReader:
 
     def _fill_from_files(self, rows, sizes: list[int], skip: int, target: memoryview) -> None:
         """Bytes of `rows`, each after `skip` bytes, read from the shards and checked."""
-        place = skip
         table, check = self.table, self.check == "read"
-        shards = table.shard[rows].tolist()
-        files = {shard: self.files.get(shard) for shard in set(shards)}
-        fds = {shard: file.fileno() for shard, file in files.items()}
+        offsets, hashes = table.offset[rows].tolist(), table.hash[rows].tolist()
+        places = (np.cumsum(sizes) - sizes + skip * np.arange(1, len(sizes) + 1)).tolist()
+        groups: dict[int, list[int]] = {}
+        for i, shard in enumerate(table.shard[rows].tolist()):
+            groups.setdefault(shard, []).append(i)
         pread, digest = os.preadv, xxhash.xxh3_64_intdigest
-        for i, (shard, offset, size, wanted) in enumerate(
-            zip(shards, table.offset[rows].tolist(), sizes, table.hash[rows].tolist(), strict=True)
-        ):
-            view = target[place : place + size]
-            got = pread(fds[shard], [view], offset)
-            if got != size:
-                self._read_rest(files[shard], view, got, offset, int(rows[i]))
-            if check and digest(view) != wanted:
-                raise self._corrupt(int(rows[i]), "does not match its hash")
-            place += size + skip
+        for shard, members in groups.items():
+            file = self.files.get(shard)  # one at a time, however few a process may open
+            fd = file.fileno()
+            for i in members:
+                size = sizes[i]
+                view = target[places[i] : places[i] + size]
+                got = pread(fd, [view], offsets[i])
+                if got != size:
+                    self._read_rest(file, view, got, offsets[i], int(rows[i]))
+                if check and digest(view) != hashes[i]:
+                    raise self._corrupt(int(rows[i]), "does not match its hash")
+            file = None  # let go before the next is opened
 
     def _read_rest(self, file, view: memoryview, got: int, offset: int, row: int) -> None:
         while got < len(view):

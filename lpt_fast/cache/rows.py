@@ -14,6 +14,7 @@ from functools import cached_property
 
 import numpy as np
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from ..backbone.families import Family
 from ..method.context import parameter_names
@@ -194,7 +195,8 @@ def to_text(row: int, example: Mapping, rules: TextRules) -> Text:
 def iterate(dataset) -> Iterator[Mapping]:
     """The examples of a data set in order, whichever kind it is."""
     if isinstance(dataset, Mapping) or not isinstance(dataset, Sequence):
-        if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        stream = isinstance(dataset, IterableDataset)  # whose `__getitem__` only raises
+        if stream or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
             raise CacheError(
                 f"The data set is a {type(dataset).__name__}, expected one with a length whose "
                 "rows can be taken by number (a datasets.Dataset, a list of dicts); make a list "

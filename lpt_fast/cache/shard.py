@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from .errors import CacheError, CorruptCacheError
+from .errors import CacheError, CorruptCacheError, reason
 
 FORMAT = "lpt_fast.activation_cache.1"
 BOUNDARY = 4096  # pages and most disks read from multiples of it
@@ -189,7 +189,7 @@ def open_file(path: Path) -> tuple[int, int]:
             ) from None
         if error.errno == errno.ENXIO:  # a socket
             raise CorruptCacheError(f"{path} is no plain file, expected one; {REPAIR}") from None
-        raise CacheError(f"{path} cannot be read: {error.strerror}.") from None
+        raise CacheError(f"{path} cannot be read: {reason(error)}.") from None
     info = os.fstat(fd)
     if not stat.S_ISREG(info.st_mode):
         os.close(fd)

@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 
 from .documents import sync_folder
-from .errors import CacheError, CorruptCacheError
+from .errors import CacheError, CorruptCacheError, reason
 from .folder import Folder, folder_size
 from .index import KeyTable
 from .lock import building
@@ -90,7 +90,7 @@ def remove(path: Path) -> None:
         else:
             path.unlink(missing_ok=True)
     except OSError as error:
-        raise CacheError(f"{path} cannot be removed: {error.strerror}; take it away.") from None
+        raise CacheError(f"{path} cannot be removed: {reason(error)}; take it away.") from None
 
 
 def verify(folder: Folder, full: bool = False) -> VerifyReport:
@@ -164,7 +164,7 @@ def repair(folder: Folder, full: bool = True) -> VerifyReport:
             folder.write_index(state.entries.values())
         except OSError as error:
             raise CacheError(
-                f"The index of {folder.path} cannot be written: {error.strerror}; make room, or "
+                f"The index of {folder.path} cannot be written: {reason(error)}; make room, or "
                 "take away what is in its place."
             ) from None
     return report
@@ -248,7 +248,7 @@ def export(folder: Folder, out: Path) -> Path:
         os.rename(part, target)
         sync_folder(out)
     except OSError as error:
-        raise CacheError(f"{out} cannot be written: {error.strerror}.") from None
+        raise CacheError(f"{out} cannot be written: {reason(error)}.") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return target

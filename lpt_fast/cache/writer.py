@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import quantize
 from .documents import sync_folder
-from .errors import CacheError
+from .errors import CacheError, reason
 from .folder import Folder, ShardEntry
 from .rows import Text
 from .shard import KEY_BYTES, QUANTISED, Layout, build_head, shard_name, write_all
@@ -172,11 +172,11 @@ class disk_errors:
             return False
         if error.errno in FULL:
             raise CacheError(
-                f"There is no room for {self.size:,} bytes at {self.path} ({error.strerror}); what "
+                f"There is no room for {self.size:,} bytes at {self.path} ({reason(error)}); what "
                 "is finished stays, so make room or name another folder and start again."
             ) from None
         raise CacheError(
-            f"{self.path} cannot be written: {error.strerror}; give a folder that can be written."
+            f"{self.path} cannot be written: {reason(error)}; give a folder that can be written."
         ) from None
 
 

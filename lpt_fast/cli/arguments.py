@@ -5,7 +5,8 @@ Names are those of Hugging Face's example scripts and TrainingArguments. Imports
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 METHODS = ("lpt", "head", "lora", "prompt_tuning", "full")
@@ -23,8 +24,25 @@ def _option(default: Any, help: str, panel: str) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def _path(default: Any, help: str, panel: str) -> Any:
+    """A setting that is the path of a file or folder, or may be one."""
+    return field(default=default, metadata={"help": help, "panel": panel, "path": True})
+
+
+class _Paths:
+    """Settings whose paths may begin with `~`, in a YAML file and in `--flag=~/...` too, where no
+    shell has put the home folder in its place.
+    """
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.metadata.get("path") and value:
+                setattr(self, f.name, os.path.expanduser(value))
+
+
 @dataclass
-class DataArguments:
+class DataArguments(_Paths):
     """Where rows come from; shared by training, evaluation and prediction."""
 
     text_column: str | None = _option(
@@ -45,7 +63,7 @@ class DataArguments:
 class TrainArguments(DataArguments):
     """Settings of `lpt-fast train`."""
 
-    model: str | None = _option(None, "Model: a hub name or a local folder.", "Model")
+    model: str | None = _path(None, "Model: a hub name or a local folder.", "Model")
     method: str = _option(
         "lpt",
         "What is trained: lpt, or for comparison head (pooler and classifier), lora, "
@@ -75,19 +93,19 @@ class TrainArguments(DataArguments):
         False, "Keep dropout in the frozen layers above the insertion.", "Prompt"
     )
 
-    task: str | None = _option(
+    task: str | None = _path(
         None,
         "One of the paper's tasks (sst2, mpqa, mr, subj, trec, mnli, ...) or your own YAML file.",
         "Data",
     )
-    dataset: str | None = _option(
+    dataset: str | None = _path(
         None, "A hub data set such as glue/sst2, or a folder with its splits.", "Data"
     )
-    train_file: str | None = _option(
+    train_file: str | None = _path(
         None, "csv, tsv, json, jsonl or parquet file to train on.", "Data"
     )
-    validation_file: str | None = _option(None, "The same, evaluated after every epoch.", "Data")
-    test_file: str | None = _option(None, "The same, evaluated once at the end.", "Data")
+    validation_file: str | None = _path(None, "The same, evaluated after every epoch.", "Data")
+    test_file: str | None = _path(None, "The same, evaluated once at the end.", "Data")
     max_train_samples: int | None = _option(
         None, "Train on a random sample of so many rows.", "Data"
     )
@@ -100,7 +118,7 @@ class TrainArguments(DataArguments):
         "Data",
     )
 
-    activation_cache: str | None = _option(
+    activation_cache: str | None = _path(
         None,
         "Folder of caches of the frozen layers' outputs (lpt-fast precompute); texts that it lacks "
         "are added. Default: run the frozen layers in every epoch.",
@@ -113,7 +131,7 @@ class TrainArguments(DataArguments):
         "Speed",
     )
 
-    output_dir: str = _option("out", "Folder for the adapter, checkpoints and results.", "Training")
+    output_dir: str = _path("out", "Folder for the adapter, checkpoints and results.", "Training")
     learning_rate: float | None = _option(
         None, "Peak learning rate. Default: one that suits the method.", "Training"
     )
@@ -155,13 +173,14 @@ class TrainArguments(DataArguments):
     )
     save_total_limit: int | None = _option(1, "How many checkpoints to keep.", "Training")
     logging_steps: int = _option(50, "Steps between two lines of the log.", "Training")
-    resume_from_checkpoint: str | None = _option(
+    resume_from_checkpoint: str | None = _path(
         None, "Checkpoint folder to go on from; 'last' takes the newest in output_dir.", "Training"
     )
     report_to: str = _option("none", "Tracker: none, tensorboard, wandb, mlflow, ...", "Training")
     use_cpu: bool = _option(False, "Stay on the CPU where there is a GPU.", "Training")
 
     def __post_init__(self):
+        super().__post_init__()
         _one_of("method", self.method, METHODS)
         _one_of("formulation", self.formulation, FORMULATIONS)
         _one_of("torch_dtype", self.torch_dtype, TORCH_DTYPES)
@@ -211,14 +230,12 @@ class TrainArguments(DataArguments):
 class EvalArguments(DataArguments):
     """Settings of `lpt-fast eval`."""
 
-    adapter: str | None = _option(None, "Folder that `lpt-fast train` wrote.", "Model")
-    model: str | None = _option(
-        None, "Base model. Default: the one that the adapter names.", "Model"
-    )
-    test_file: str | None = _option(
+    adapter: str | None = _path(None, "Folder that `lpt-fast train` wrote.", "Model")
+    model: str | None = _path(None, "Base model. Default: the one that the adapter names.", "Model")
+    test_file: str | None = _path(
         None, "csv, tsv, json, jsonl or parquet file with labels.", "Data"
     )
-    dataset: str | None = _option(None, "A hub data set or folder; its test split is used.", "Data")
+    dataset: str | None = _path(None, "A hub data set or folder; its test split is used.", "Data")
     split: str = _option("test", "Split of --dataset.", "Data")
     max_eval_samples: int | None = _option(None, "A random sample of so many rows.", "Data")
     max_length: int | None = _option(
@@ -231,6 +248,7 @@ class EvalArguments(DataArguments):
     use_cpu: bool = _option(False, "Stay on the CPU where there is a GPU.", "Run")
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.adapter:
             raise ValueError("`--adapter` is missing: give the folder that `lpt-fast train` wrote.")
         if not (self.test_file or self.dataset):
@@ -238,14 +256,12 @@ class EvalArguments(DataArguments):
 
 
 @dataclass
-class PredictArguments:
+class PredictArguments(_Paths):
     """Settings of `lpt-fast predict`."""
 
-    adapter: str | None = _option(None, "Folder that `lpt-fast train` wrote.", "Model")
-    model: str | None = _option(
-        None, "Base model. Default: the one that the adapter names.", "Model"
-    )
-    input_file: str = _option(
+    adapter: str | None = _path(None, "Folder that `lpt-fast train` wrote.", "Model")
+    model: str | None = _path(None, "Base model. Default: the one that the adapter names.", "Model")
+    input_file: str = _path(
         "-",
         "csv, tsv, json, jsonl or parquet file, or '-' for standard input with one text a line.",
         "Data",
@@ -256,12 +272,13 @@ class PredictArguments:
     max_length: int | None = _option(
         None, "Most tokens of an example. Default: as in training.", "Data"
     )
-    output_file: str = _option("-", "Where to write, or '-' for standard output.", "Output")
+    output_file: str = _path("-", "Where to write, or '-' for standard output.", "Output")
     output_format: str = _option("tsv", "tsv or jsonl.", "Output")
     per_device_eval_batch_size: int = _option(64, "Examples of a batch.", "Run")
     use_cpu: bool = _option(False, "Stay on the CPU where there is a GPU.", "Run")
 
     def __post_init__(self):
+        super().__post_init__()
         _one_of("output_format", self.output_format, ("tsv", "jsonl"))
         if not self.adapter:
             raise ValueError("`--adapter` is missing: give the folder that `lpt-fast train` wrote.")
@@ -273,7 +290,7 @@ class PrecomputeArguments(DataArguments):
     of `lpt-fast train`, which then finds them.
     """
 
-    model: str | None = _option(None, "Model: a hub name or a local folder.", "Model")
+    model: str | None = _path(None, "Model: a hub name or a local folder.", "Model")
     torch_dtype: str = _option(
         "float32", "Dtype of the frozen model: float32, bfloat16 or float16.", "Model"
     )
@@ -290,17 +307,17 @@ class PrecomputeArguments(DataArguments):
     formulation: str = _option(
         "classification", "'classification' or 'cloze' (the task's template is put in).", "Data"
     )
-    task: str | None = _option(
+    task: str | None = _path(
         None, "One of the paper's tasks (sst2, mpqa, ...) or your own YAML file.", "Data"
     )
-    dataset: str | None = _option(
+    dataset: str | None = _path(
         None, "A hub data set such as glue/sst2, or a folder; all its splits are read.", "Data"
     )
-    train_file: str | None = _option(None, "csv, tsv, json, jsonl or parquet file.", "Data")
-    validation_file: str | None = _option(None, "The same.", "Data")
-    test_file: str | None = _option(None, "The same.", "Data")
+    train_file: str | None = _path(None, "csv, tsv, json, jsonl or parquet file.", "Data")
+    validation_file: str | None = _path(None, "The same.", "Data")
+    test_file: str | None = _path(None, "The same.", "Data")
 
-    out: str | None = _option(None, "Folder of caches; made where there is none.", "Cache")
+    out: str | None = _path(None, "Folder of caches; made where there is none.", "Cache")
     store: str = _option("bf16", f"How rows are kept: {', '.join(STORES)}.", "Cache")
     max_cache_gb: float | None = _option(
         None, "Most GB (10^9 bytes) that one cache may take. Default: what is free.", "Cache"
@@ -322,6 +339,7 @@ class PrecomputeArguments(DataArguments):
     use_cpu: bool = _option(False, "Stay on the CPU where there is a GPU.", "Run")
 
     def __post_init__(self):
+        super().__post_init__()
         _one_of("formulation", self.formulation, FORMULATIONS)
         _one_of("torch_dtype", self.torch_dtype, TORCH_DTYPES)
         _one_of("store", self.store, STORES)

@@ -8,14 +8,16 @@ from pathlib import Path
 import typer
 
 from .console import clean_errors, table
+from .outputs import check_folder
 
 cache_app = typer.Typer(
     no_args_is_help=True,
     help="Look after activation caches: what is in them, whether every byte is right, what can go.",
 )
 
-_PATH = typer.Argument(..., help="Folder of caches, or of one cache.", metavar="CACHE")
-_OUT = typer.Argument(..., help="Folder of caches to copy it to.", metavar="OUT")
+_FOLDER = {"callback": Path.expanduser}
+_PATH = typer.Argument(..., help="Folder of caches, or of one cache.", metavar="CACHE", **_FOLDER)
+_OUT = typer.Argument(..., help="Folder of caches to copy it to.", metavar="OUT", **_FOLDER)
 _IDENTITY = typer.Option(
     None, "--identity", help="Only the cache whose identity begins so (see `info`)."
 )
@@ -137,6 +139,7 @@ def export(
 ) -> None:
     """Copy caches, checking every byte; the copy needs neither the model nor the texts."""
     with clean_errors():
+        check_folder(out, "OUT")
         from ..cache.folder import MANIFEST, Folder
         from ..cache.verify import export as copy
 

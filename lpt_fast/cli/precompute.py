@@ -39,6 +39,7 @@ from .data import (
     read_rows,
     text_columns_of,
 )
+from .outputs import check_folder
 
 READ_RATE = 2e9  # bytes a second that --dry_run expects of reading (measured: bench/results)
 
@@ -130,6 +131,7 @@ def precompute(args: PrecomputeArguments) -> Iterator[str]:
     Yields:
         lines for the screen, on the first process alone.
     """
+    check_folder(args.out, "--out")
     device = choose_device(args.use_cpu)
     model = load_model(args, device)
     _, backbone, family = find_backbone(model)

@@ -8,9 +8,6 @@ whatever else a program may take for the end of a line.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from pathlib import Path
 from typing import TextIO
 
 from ..tasks.files import decoded
@@ -18,6 +15,7 @@ from ..tasks.messages import Origin, sentence
 from .arguments import PredictArguments
 from .data import read_rows, text_columns_of
 from .inference import Classifier
+from .outputs import check_file, whole_file
 
 STDIN = "standard input"
 # What str.splitlines takes for the end of a line. (Those below the space JSON escapes itself.)
@@ -68,6 +66,8 @@ def read_texts(
 
 def predict(args: PredictArguments, stdin: TextIO, stdout: TextIO) -> None:
     """Labels every text. A file is written as a whole or not at all."""
+    if args.output_file != "-":
+        check_file(args.output_file, "--output_file")
     classifier = Classifier(
         args.adapter,
         args.model,
@@ -92,14 +92,8 @@ def predict(args: PredictArguments, stdin: TextIO, stdout: TextIO) -> None:
             stdout.reconfigure(encoding="utf-8", newline="\n")
         _write(stdout, args.output_format, texts, classifier.labels, predictions)
         return
-    target = Path(args.output_file)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {target.parent} to write {target.name} to.")
-    with tempfile.NamedTemporaryFile(
-        "w", dir=target.parent, delete=False, encoding="utf-8", suffix=".part"
-    ) as part:
-        _write(part, args.output_format, texts, classifier.labels, predictions)
-    os.replace(part.name, target)
+    with whole_file(args.output_file) as out:
+        _write(out, args.output_format, texts, classifier.labels, predictions)
 
 
 def _header(texts: dict, labels: list[str]) -> list[str]:

@@ -6,6 +6,7 @@ Imports nothing heavy.
 from __future__ import annotations
 
 import difflib
+import os
 import types
 import typing
 from dataclasses import MISSING, fields
@@ -78,6 +79,6 @@ def merge(cls: type, config: str | None, flags: dict[str, Any]):
     """An instance of `cls`: defaults, then the YAML file `config`, then the flags that were
     given (not None).
     """
-    settings = read_yaml(config, cls) if config else {}
+    settings = read_yaml(os.path.expanduser(config), cls) if config else {}
     settings.update({name: value for name, value in flags.items() if value is not None})
     return cls(**settings)

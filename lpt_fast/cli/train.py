@@ -21,6 +21,7 @@ from ..tasks import (
 )
 from ..train.cursor import last_checkpoint
 from ..train.disk_room import saving_to
+from ..train.exact_resume import CountedTraining
 from ..train.trainer import LPTTrainer
 from .arguments import ADAPTER_METHODS, TrainArguments
 from .data import (
@@ -30,10 +31,12 @@ from .data import (
     load_tokenizer,
 )
 from .model import build_model
+from .outputs import check_folder
 from .task_data import Split, read_data
 
 # Peak learning rates where none is given: customary for each method, not tuned to a task.
 LEARNING_RATES = {"lpt": 1e-3, "head": 1e-3, "lora": 1e-3, "prompt_tuning": 1e-2, "full": 1e-4}
+RESULTS = "results.json"
 # A task's metric -> its name among the results.
 _METRIC = {"accuracy": "accuracy", "f1": "f1", "matthews_correlation": "mcc"}
 
@@ -80,6 +83,10 @@ def training_arguments(
     )
 
 
+class CountedTrainer(CountedTraining, Trainer):
+    """The Trainer of methods without a late prompt: its resumes are exact as well."""
+
+
 class Metrics:
     """Turns logits into accuracy, F1 and Matthews correlation, for heads and for label words.
 
@@ -122,6 +129,10 @@ def train(args: TrainArguments) -> dict:
         of each split, seconds, trainable parameters.
     """
     _check_trackers(args.report_to)
+    resumed = _checkpoint(args)
+    check_folder(args.output_dir, "--output_dir", RUN_FILE, RESULTS)
+    if args.activation_cache is not None:
+        check_folder(args.activation_cache, "--activation_cache")
     data = read_data(args)
     tokenizer = load_tokenizer(args.model)
     set_seed(args.seed)
@@ -134,7 +145,7 @@ def train(args: TrainArguments) -> dict:
 
     train_set, validation, test = (examples(s) for s in (data.train, data.validation, data.test))
     metrics = Metrics(formulation, tokenizer)
-    trainer_class, more = Trainer, {}
+    trainer_class, more = CountedTrainer, {}
     if args.method == "lpt":
         # (Smoothed losses are Trainer's own, over the logits of every token.)
         one_token = formulation.cloze and args.label_smoothing_factor == 0
@@ -152,8 +163,8 @@ def train(args: TrainArguments) -> dict:
         preprocess_logits_for_metrics=metrics.preprocess_logits,
         **more,
     )
+    trainer.facts = _facts(formulation)
     start = time.perf_counter()
-    resumed = _checkpoint(args)
     with saving_to(args.output_dir, resumed):
         trainer.train(resume_from_checkpoint=resumed)
     seconds = time.perf_counter() - start
@@ -187,7 +198,7 @@ def train(args: TrainArguments) -> dict:
         trainer.save_model(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)
         folder = Path(args.output_dir)
-        for name, content in ((RUN_FILE, formulation.to_json()), ("results.json", results)):
+        for name, content in ((RUN_FILE, formulation.to_json()), (RESULTS, results)):
             (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
     return results
 
@@ -200,6 +211,16 @@ def _clear_other_kind(folder: Path, method: str) -> None:
     )
     for name in whole if method in ADAPTER_METHODS else adapter:
         (folder / name).unlink(missing_ok=True)
+
+
+def _facts(formulation: Formulation) -> dict:
+    """What a checkpoint's weights depend on beside the model (`RecordedTraining.facts`)."""
+    facts = formulation.to_json()
+    task, cloze = facts.pop("task"), facts.pop("cloze")
+    facts |= {"formulation": "cloze" if cloze else "classification", "task": task and task["name"]}
+    if cloze:
+        facts |= {"template": formulation.template, "label_words": task["label_words"]}
+    return facts
 
 
 def _check_trackers(name: str) -> None:

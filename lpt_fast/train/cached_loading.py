@@ -15,6 +15,7 @@ from ..cache.rows import TextRules
 from ..method.cached_call import layer_dtype
 from .cached_dataset import TEXT, CachedDataset, TextsOf
 from .collators import CachedCollator, WithReadout
+from .cursor import is_numbered
 from .projections import Projections, hold
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class CachedLoading:
         if self.args.remove_unused_columns:
             self._set_signature_columns_if_needed()
             names = [name for name in TEXT if name in self._signature_columns]
-        texts = TextsOf(kept, names) if hasattr(kept, "__len__") else kept
+        texts = TextsOf(kept, names) if is_numbered(kept) else kept
         layer = self._late_prompt.active_config.insertion_layer
         how = {
             "insertion_layer": layer,
@@ -167,8 +168,8 @@ class CachedLoading:
         if self.compute_loss_func is not None or self._has_own_loss() or not self.label_names:
             return
         dataset = self.train_dataset
-        if not hasattr(dataset, "__getitem__") or len(dataset) == 0:
-            return
+        if not is_numbered(dataset) or len(dataset) == 0:
+            return  # a stream is read when it is its turn
         names = {*self.label_names, "label", "label_ids"}
         with torch.random.fork_rng(devices=[]):  # these may draw; the order stays Trainer's
             example = dataset[0]

@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch.utils.data import Sampler
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_pt_utils import BatchRebalanceSampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 FILE = "lpt_cursor.json"
 WEIGHT = "lpt_part_weight"  # of a part of a batch, among the inputs of a step
@@ -36,6 +39,8 @@ class Cursor:
         examples: of it that were trained, the first ones of its order.
         batch: examples of an optimiser step, over all processes (informs only).
         processes: informs only.
+        strategy: `train_sampling_strategy`, which the order depends on.
+        grouped: examples of a group of like length, with that strategy; else 0.
     """
 
     seed: int
@@ -44,6 +49,8 @@ class Cursor:
     examples: int
     batch: int
     processes: int
+    strategy: str = "random"
+    grouped: int = 0
 
     def write(self, folder: Path) -> None:
         """Writes the cursor beside a checkpoint's files."""
@@ -64,10 +71,13 @@ class Cursor:
             return None
         try:
             cursor = cls(**json.loads(path.read_text(encoding="utf-8")))
-            if not all(type(value) is int for value in asdict(cursor).values()):
+            kinds = [type(value) for name, value in asdict(cursor).items() if name != "strategy"]
+            if set(kinds) != {int} or not isinstance(cursor.strategy, str):
                 raise TypeError("not whole numbers")
-            if not 0 <= cursor.examples <= cursor.count or cursor.epoch < 0:
+            if not 0 <= cursor.examples <= cursor.count or min(cursor.epoch, cursor.grouped) < 0:
                 raise ValueError("out of range")
+            if cursor.strategy == "group_by_length" and cursor.grouped == 0:
+                raise ValueError("no size of a group")
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{path} is no cursor of a training ({error}), expected what save_checkpoint "
@@ -83,7 +93,7 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     is a folder without, or half of one.)
     """
     found = []
-    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+    for path in Path(folder).expanduser().glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         try:
             step = int(path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"))
             state = json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
@@ -92,6 +102,14 @@ def last_checkpoint(folder: str | Path) -> Path | None:
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return max(found)[1] if found else None
+
+
+def is_numbered(dataset) -> bool:
+    """Whether examples are taken by number, in an order that a sampler gives. Others come as a
+    stream; one may know its length, and torch's have a `__getitem__` that only raises.
+    """
+    stream = isinstance(dataset, torch.utils.data.IterableDataset)
+    return not stream and hasattr(dataset, "__getitem__") and has_length(dataset)
 
 
 class Part(list):
@@ -114,6 +132,8 @@ class SharedBatches(Sampler[Part]):
         rank, processes: number of this process, and of all.
         accumulation: batches of an optimiser step.
         drop_last: leave out examples at the end that fill no shared batch.
+        lengths: tokens of each example: those of an optimiser step are shared out anew among its
+            batches, long ones together (Trainer's "batch_rebalance"); None: in their order.
     """
 
     def __init__(
@@ -125,7 +145,9 @@ class SharedBatches(Sampler[Part]):
         processes: int = 1,
         accumulation: int = 1,
         drop_last: bool = False,
+        lengths: Sequence[int] | None = None,
     ):
+        self.lengths = lengths
         self.count, self.shared, self.order = count, batch * processes, order
         self.rank, self.processes = rank, processes
         self.accumulation, self.drop_last = accumulation, drop_last
@@ -191,11 +213,41 @@ class SharedBatches(Sampler[Part]):
 
     def __iter__(self) -> Iterator[Part]:
         order, edges = self.order(self.epoch), self._edges(self.epoch)
-        for a, b in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-            size = b - a
-            parts = a + np.arange(self.processes + 1) * size // self.processes
-            mine = order[parts[self.rank] : parts[self.rank + 1]].tolist()
-            if mine:
-                yield Part(mine, len(mine) * self.processes / size)
-            else:  # all processes step together: an example that counts for nothing
-                yield Part([int(order[min(a, self.count - 1)])], 0.0)
+        if self.lengths is not None:
+            yield from self._rebalanced(order, edges)
+            return
+        for a, b in pairwise(edges.tolist()):
+            yield self._part(order, a, b)
+
+    def _part(self, order: np.ndarray, a: int, b: int) -> Part:
+        """This process's part of the batch a .. b of an order."""
+        size = b - a
+        parts = a + np.arange(self.processes + 1) * size // self.processes
+        mine = order[parts[self.rank] : parts[self.rank + 1]].tolist()
+        if mine:
+            return Part(mine, len(mine) * self.processes / size)
+        # All processes step together: an example that counts for nothing.
+        return Part([int(order[min(a, self.count - 1)])], 0.0)
+
+    def _rebalanced(self, order: np.ndarray, edges: np.ndarray) -> Iterator[Part]:
+        """The examples of each optimiser step as Transformers' sampler shares them out; each
+        example of a step counts the same.
+        """
+        for first in range(0, len(edges) - 1, self.accumulation):
+            step = edges[first : first + self.accumulation + 1]
+            mine, batches = order[step[0] : step[-1]].tolist(), len(step) - 1
+            if len(mine) < batches * self.processes:
+                yield from (self._part(order, a, b) for a, b in pairwise(step.tolist()))
+                continue
+            parts = BatchRebalanceSampler(
+                [self.lengths[i] for i in mine],
+                effective_batch_size=len(mine),
+                dp_size=self.processes,
+                grad_accum=batches,
+                shuffle=False,
+                rank=self.rank,
+                drop_last=False,
+            )
+            for part in parts:
+                weight = len(part) * self.processes * batches / len(mine)
+                yield Part([mine[i] for i in part], weight)

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers.trainer_utils import has_length
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from .cursor import WEIGHT, Cursor, Part, SharedBatches, last_checkpoint
+from .cursor import WEIGHT, Cursor, Part, SharedBatches, is_numbered, last_checkpoint
+from .training_record import RecordedTraining
 
 _LOADER = ("num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context")
 _LOADER += ("prefetch_factor", "persistent_workers", "pin_memory_device", "in_order")
+_STRATEGIES = ("random", "sequential", "group_by_length", "batch_rebalance")
 
 
 def _of_network(error: RuntimeError) -> bool:
@@ -74,24 +76,33 @@ class _AheadLoader(DataLoader):
             yield ahead
 
 
-class CountedTraining:
+class CountedTraining(RecordedTraining):
     """A mixin for `transformers.Trainer` (before it in the list of bases): resumes are counted in
     examples, so that another number of processes or another batch size goes on where a run ended,
     and every example of an epoch trains once.
 
-    It acts where data sets have a length and the order is random (`train_sampling_strategy`);
-    elsewhere all is as the Trainer does it.
+    It acts where data sets have a length, with every `train_sampling_strategy`; elsewhere, and with
+    a `_get_train_sampler` of somebody's own, all is as the Trainer does it.
     """
 
     _shared: SharedBatches | None = None
     _step_of_scheduler: int | None = None
+    _lengths: list[int] | None = None  # tokens of each example, where the order asks for them
+    _grouped: int = 0  # examples of a group whose lengths are alike
 
     def example_order(self, epoch: int) -> np.ndarray:
         """Numbers of all training examples in the order of an epoch: that of the stock Trainer on
-        one process.
+        one process, which is drawn from the seed and the number of the epoch. (The stock Trainer
+        draws groups of like length from the process's random state, which nobody can go back to.)
         """
+        strategy, count = self.args.train_sampling_strategy, len(self.train_dataset)
+        if strategy == "sequential":
+            return np.arange(count)
         generator = torch.Generator().manual_seed(self._order_seed() + epoch)
-        return torch.randperm(len(self.train_dataset), generator=generator).numpy()
+        if strategy == "group_by_length":
+            size = self._grouped
+            return np.array(get_length_grouped_indices(self._lengths, size, generator=generator))
+        return torch.randperm(count, generator=generator).numpy()
 
     def _order_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -99,16 +110,22 @@ class CountedTraining:
     def _counts(self) -> bool:
         config = self.args.accelerator_config
         return (
-            self.train_dataset is not None
-            and has_length(self.train_dataset)
-            and not isinstance(self.train_dataset, torch.utils.data.IterableDataset)
-            and self.args.train_sampling_strategy == "random"
+            is_numbered(self.train_dataset)
+            and self.args.train_sampling_strategy in _STRATEGIES
+            and type(self)._get_train_sampler is CountedTraining._get_train_sampler
             and not config.split_batches
             and not config.dispatch_batches
         )
 
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        self._lengths = getattr(sampler, "lengths", None)
+        return sampler
+
     def shared_batches(self) -> SharedBatches:
         """The sampler of this process."""
+        rebalances = self.args.train_sampling_strategy == "batch_rebalance"
+        self._grouped = self._train_batch_size * self.args.gradient_accumulation_steps
         return SharedBatches(
             len(self.train_dataset),
             self._train_batch_size,
@@ -117,6 +134,7 @@ class CountedTraining:
             self.args.world_size,
             self.args.gradient_accumulation_steps,
             self.args.dataloader_drop_last,
+            self._lengths if rebalances else None,
         )
 
     def get_train_dataloader(self) -> DataLoader:
@@ -160,14 +178,17 @@ class CountedTraining:
 
     # -- stopping and going on ---------------------------------------------------------------------
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As Trainer's; a lost connection names the checkpoint to go on from."""
+        if isinstance(resume_from_checkpoint, str | os.PathLike):
+            # As Trainer does with `output_dir`, in which checkpoints are.
+            resume_from_checkpoint = os.path.expanduser(resume_from_checkpoint)
         dist = torch.distributed
         if self.args.use_cpu and dist.is_available() and dist.is_initialized():
             # (Transformers gives `ddp_timeout` to groups of GPUs alone; others wait 30 minutes.)
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.args.ddp_timeout))
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         except RuntimeError as error:
             if self.args.world_size > 1 and _of_network(error):
                 kept = last_checkpoint(self.args.output_dir)
@@ -205,6 +226,8 @@ class CountedTraining:
             examples=shared.trained(updates, epoch),
             batch=shared.shared * shared.accumulation,
             processes=shared.processes,
+            strategy=self.args.train_sampling_strategy,
+            grouped=self._grouped if self.args.train_sampling_strategy == "group_by_length" else 0,
         ).write(folder)
 
     def _init_training_state(
@@ -215,25 +238,48 @@ class CountedTraining:
         )
         self._step_of_scheduler = None
         shared = self._shared
-        if resume_from_checkpoint is None or shared is None or self.args.ignore_data_skip:
+        if resume_from_checkpoint is None or self.args.ignore_data_skip:
             return found
-        cursor = Cursor.read(Path(resume_from_checkpoint))
+        cursor = None if shared is None else Cursor.read(Path(resume_from_checkpoint))
         if cursor is None:
+            self._check_uncounted(resume_from_checkpoint, in_mid_epoch=found[1] > 0)
             return found
-        for name, here in (("seed", self._order_seed()), ("count", shared.count)):
-            there = getattr(cursor, name)
-            if there != here:
-                what = "seed (data_seed, or else seed)" if name == "seed" else "number of examples"
+        here = {
+            "seed (data_seed, or else seed)": (cursor.seed, self._order_seed()),
+            "number of examples": (cursor.count, shared.count),
+            "train_sampling_strategy": (cursor.strategy, self.args.train_sampling_strategy),
+        }
+        for what, (before, now) in here.items():
+            if before != now:
                 raise ValueError(
-                    f"The checkpoint {resume_from_checkpoint} was trained with the {what} {there}, "
-                    f"got {here}, with which examples would be lost or repeated; give the same, "
+                    f"The checkpoint {resume_from_checkpoint} was trained with the {what} {before}"
+                    f", got {now}, with which examples would be lost or repeated; give the same, "
                     "or ignore_data_skip=True to begin the epoch again."
                 )
+        self._grouped = cursor.grouped  # which the order depends on
         done = shared.resume(cursor.epoch, cursor.examples)
         step = cursor.epoch * shared.updates + done
         if step != self.state.global_step:  # the shared batch is another one now
             self.state.global_step = self._step_of_scheduler = step
         return cursor.epoch, done * shared.accumulation
+
+    def _check_uncounted(self, checkpoint: str, in_mid_epoch: bool) -> None:
+        """Of a checkpoint or a training that is not counted: refuses orders that nobody can draw
+        again.
+        """
+        strategy = self.args.train_sampling_strategy
+        redrawn = strategy in ("group_by_length", "batch_rebalance") and is_numbered(
+            self.train_dataset
+        )
+        if in_mid_epoch and redrawn:
+            why = "it does not say where it stands"
+            if self._shared is None:
+                why = "a sampler of one's own, split_batches and dispatch_batches are not counted"
+            raise ValueError(
+                f"The checkpoint {checkpoint} is of mid-epoch with train_sampling_strategy="
+                f"{strategy!r}, expected one of an epoch's end ({why}): examples would be lost and "
+                "repeated; give ignore_data_skip=True to begin the epoch again."
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.args.device.type == "cpu":

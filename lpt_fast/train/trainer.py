@@ -22,6 +22,7 @@ from .cached_dataset import PendingBatch, ReadAhead
 from .cached_loading import CachedLoading
 from .collators import IGNORED, CachedCollator, LabelRules
 from .exact_resume import CountedTraining
+from .training_record import compare_names
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,8 @@ class LPTTrainer(CachedLoading, CountedTraining, Trainer):
                 f"`activation_cache` is a {type(activation_cache).__name__}, expected a folder or "
                 "an ActivationCache; ActivationCache.open(folder, model) gives one."
             )
+        if isinstance(activation_cache, str | Path):  # wherever the process goes later
+            activation_cache = Path(activation_cache).expanduser().absolute()
         self.activation_cache = activation_cache
         self._upper, self._cuda_graphs = upper, cuda_graphs
         self.hold_projections, self.readout_only = hold_projections, readout_only
@@ -142,6 +145,7 @@ class LPTTrainer(CachedLoading, CountedTraining, Trainer):
         if self._upper is not None:
             late.upper = self._upper
         self._late_prompt = late
+        compare_names(late)
 
     def call_model_init(self, trial=None):
         """As Trainer's; the new model's late prompt is the one that counts."""

@@ -323,14 +323,6 @@ def test_links_that_lead_outside(sound, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "outside"]
 
 
-def test_a_link_to_another_cache_is_not_followed(sound, tmp_path):
-    folder = sound[1]
-    (tmp_path / "links").mkdir()
-    (tmp_path / "links" / folder.name).symlink_to(folder)
-    with pytest.raises(CacheError, match="holds no cache yet"):
-        ActivationCache.open(tmp_path / "links").stats()
-
-
 def test_the_model_side_of_it(sound):
     """With a model the same refusals come first, before any row is used."""
     root, folder, _ = sound

@@ -94,7 +94,7 @@ def test_what_does_not_go_together(models_dir, data, tmp_path):
         (["--activation_cache", "c", "--method", "lora"], "`--activation_cache` goes with --meth"),
         (["--upper", "packed", "--method", "head"], "`--upper` goes with --method lpt, got 'packe"),
         (["--upper", "quick"], "`--upper` must be one of auto, packed, padded, got 'quick'"),
-        (["--activation_cache", data["train"]], "is a file, expected the folder of a cache"),
+        (["--activation_cache", data["train"]], "which is a file, expected a folder"),
     ):
         assert message in refused(*base, *flags)
     assert not list((tmp_path / "out").glob("adapter*"))

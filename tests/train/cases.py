@@ -53,6 +53,15 @@ def stock(model, folder, train=None, **settings) -> Trainer:
     return Trainer(model, arguments(folder, **settings), **more)
 
 
+def on_text(model, folder, train=None, **settings) -> LPTTrainer:
+    """LPTTrainer on the text. (Its groups of like length follow from the seed, the plain Trainer's
+    from the random state of the process.)
+    """
+    more = {n: settings.pop(n) for n in list(settings) if n in MORE}
+    more = {"data_collator": collate, "train_dataset": train or rows(), **more}
+    return LPTTrainer(model, arguments(folder, **settings), **more)
+
+
 def cached(model, folder, cache, train=None, **settings) -> LPTTrainer:
     """The same with a cache: a folder, which is opened with an exact store, or an open one."""
     more = {n: settings.pop(n) for n in list(settings) if n in MORE}

@@ -173,6 +173,18 @@ def test_resuming_with_another_batch(cache, whole, stopped, tmp_path, world, bat
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_other_orders_on_other_processes(cache, tmp_path, strategy):
+    """Stopped on two processes in the middle of the second epoch, taken up by one."""
+    how = {"cache": cache, "out": tmp_path, "count": COUNT, "train_sampling_strategy": strategy}
+    before = run(2, batch=BATCH // 2, stop=10, **how)
+    after = run(1, batch=BATCH, checkpoint=str(last_checkpoint(tmp_path)), **how)
+    both = epochs_of([*before, *after])
+    assert sorted(both[0]) == sorted(both[1]) == list(range(COUNT))
+    assert both[0] != both[1] and after[0]["steps"] == 2 * STEPS
+
+
 # -- the sampler and the cursor alone --------------------------------------------------------------
 
 

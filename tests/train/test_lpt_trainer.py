@@ -31,6 +31,7 @@ from tests.train.cases import (
     cached,
     collate,
     model_of,
+    on_text,
     rows,
     stock,
     trained,
@@ -205,7 +206,9 @@ def test_arguments_mean_what_they_mean(tmp_path, settings):
     settings.pop("dropout", None)
     plain = {n: v for n, v in settings.items() if n != "upper"}
     tolerance = {"atol": 2e-2, "rtol": 2e-2} if "bf16" in settings else CLOSE
-    a = stock(models[0], tmp_path / "a", **plain)
+    a = (on_text if "train_sampling_strategy" in settings else stock)(
+        models[0], tmp_path / "a", **plain
+    )
     a.train()
     b = cached(models[1], tmp_path / "b", tmp_path / "cache", **settings)
     b.train()

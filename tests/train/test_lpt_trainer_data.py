@@ -26,6 +26,7 @@ from tests.train.cases import (
     cached,
     collate,
     model_of,
+    on_text,
     padded_labels,
     rows,
     stock,
@@ -67,7 +68,7 @@ def test_kinds_of_data_sets(tmp_path, kind, remove):
         "length_column_name": "length",
     }
     models = [model_of() for _ in range(2)]
-    stock(models[0], tmp_path, data_collator=collator, train_dataset=data, **settings).train()
+    on_text(models[0], tmp_path, data_collator=collator, train_dataset=data, **settings).train()
     settings |= {"data_collator": collator, "train_dataset": made[kind]}
     cached(models[1], tmp_path, tmp_path / "cache", **settings).train()
     assert_same(trained(models[1]), trained(models[0]), **CLOSE)
