@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from ..backbone.arguments import given_cache, set_cache
 from ..backbone.families import Family, get_layers
 
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
@@ -18,7 +19,7 @@ def kv_cache(backbone: nn.Module, family: Family, k: int, m: int, training: bool
         backbone, family, k: as for `run_lower`.
         m: prompt rows per example.
         training: whether the model trains.
-        kwargs: of the backbone's forward; `use_cache` and `past_key_values` are set in them.
+        kwargs: of the backbone's forward; `use_cache` and the KV cache are set in them.
 
     Returns:
         The cache or None, and the number of tokens that it holds below the insertion.
@@ -28,7 +29,7 @@ def kv_cache(backbone: nn.Module, family: Family, k: int, m: int, training: bool
     """
     if not family.causal:
         return None, 0
-    cache = kwargs.get("past_key_values")
+    cache = given_cache(kwargs)
     use_cache = kwargs.get("use_cache", getattr(backbone.config, "use_cache", False))
     checkpointing = any(
         getattr(layer, "gradient_checkpointing", False) for layer in get_layers(backbone, family)
@@ -46,7 +47,7 @@ def kv_cache(backbone: nn.Module, family: Family, k: int, m: int, training: bool
             "of the layers above the insertion. Use a dynamic cache "
             "(cache_implementation='dynamic')."
         )
-    kwargs["past_key_values"] = cache
+    set_cache(backbone, kwargs, cache)
     past = cache.get_seq_length()
     if past and cache.get_seq_length(k) != past + m:
         raise ValueError(

@@ -194,6 +194,15 @@ class LPTConfig(PeftConfig):
                 f"`modules_to_save` must be a list of names, got {self.modules_to_save!r}."
             )
 
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """As PEFT's, and renews the model card beside it (card.py). Every way to save an adapter,
+        PEFT's and Transformers', comes by here.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        from .card import write_card
+
+        write_card(save_directory, self)
+
     def to_dict(self) -> dict:
         """As PEFT's, with the method's name as a plain string."""
         out = super().to_dict()

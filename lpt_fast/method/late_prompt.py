@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from ..backbone.arguments import TEXT, check_known
 from ..backbone.copies import LATE_PROMPT
 from ..backbone.families import Family, get_layers, is_language_model
 from ..backbone.lower import run_lower
@@ -22,9 +23,6 @@ from .labels import get_labels, set_labels
 from .packed_call import run_call, takes_packed
 from .padded_call import capture, run_padded
 from .readout import READOUT, SHIFTED, checked_places, narrow_labels
-
-# What the lower half needs to make its input; the upper half gets that as `inputs_embeds`.
-_INPUTS = ("input_ids", "inputs_embeds", "token_type_ids", "attention_mask", "position_ids")
 
 
 class LatePrompt(nn.Module, BaseTunerLayer):
@@ -338,6 +336,7 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         names = parameter_names(forward)
         kwargs.update(zip(names, args, strict=False))
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        check_known(backbone, self.family.causal, kwargs)
         return_dict = kwargs.pop("return_dict", getattr(backbone.config, "return_dict", True))
         if call.cached is not None:
             cached.check_outputs(backbone.config, kwargs)
@@ -345,7 +344,7 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         if self.training:
             self._sync_modes(below=call.cached is None)
 
-        inputs = {name: kwargs.pop(name) for name in _INPUTS if name in kwargs}
+        inputs = {name: kwargs.pop(name) for name in TEXT if name in kwargs}
         kwargs.pop(SHIFTED, None)
         check_inputs(inputs, kwargs)
         if takes_packed(self, call, inputs, kwargs):

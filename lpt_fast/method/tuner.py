@@ -235,6 +235,11 @@ class LPTModel(BaseTuner):
                 "prompt rows, so one batch runs one adapter. Use set_adapter() and a batch for "
                 "each."
             )
+        if kwargs.get("alora_offsets") is not None:  # which PEFT takes out of the call
+            raise ValueError(
+                "Late Prompt Tuning got `alora_offsets`, expected none: they are for activated "
+                "LoRA. Leave it out; `context_lengths` says where a decoder's context ends."
+            )
         yield
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

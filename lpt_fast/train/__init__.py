@@ -4,6 +4,7 @@ trainer.py         LPTTrainer                     exact_resume.py  a Trainer tha
 cached_dataset.py  examples with cached rows      cursor.py        where a training stands
 collators.py       batches of them                disk_room.py     saving to a disk that is full
 projections.py     held rows, made from a cache   fsdp.py          a backbone over several devices
+figures.py         what the model card says of evaluations
 
 Gives LPTTrainer, last_checkpoint and shard_frozen. Knows all rooms but the command line.
 """
