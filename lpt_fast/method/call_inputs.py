@@ -25,7 +25,7 @@ def kv_cache(backbone: nn.Module, family: Family, k: int, m: int, training: bool
         The cache or None, and the number of tokens that it holds below the insertion.
 
     Raises:
-        ValueError: for a static cache, and for one that something else has filled.
+        ValueError: for one that something else has filled.
     """
     if not family.causal:
         return None, 0
@@ -41,12 +41,6 @@ def kv_cache(backbone: nn.Module, family: Family, k: int, m: int, training: bool
         return None, 0
     if cache is None:
         cache = DynamicCache(config=backbone.config)
-    if any("Static" in type(layer).__name__ for layer in getattr(cache, "layers", ())):
-        raise ValueError(
-            "Late Prompt Tuning got a static KV cache, which has no room for the prompt rows "
-            "of the layers above the insertion. Use a dynamic cache "
-            "(cache_implementation='dynamic')."
-        )
     set_cache(backbone, kwargs, cache)
     past = cache.get_seq_length()
     if past and cache.get_seq_length(k) != past + m:
@@ -76,15 +70,24 @@ def attended_of(kwargs: dict) -> tuple[Tensor | None, tuple[int, int], torch.dev
 
 
 def check_inputs(inputs: dict, kwargs: dict) -> None:
-    """Refuses masks that prompt rows cannot be added to, and texts packed into one row.
+    """Refuses static KV caches, masks that prompt rows cannot be added to, and texts packed into
+    one row.
 
     Args:
         inputs: what the lower half needs to make its input, by name.
         kwargs: the other arguments of the backbone's forward.
 
     Raises:
-        ValueError: for such a mask, for packed texts and for cross-attention.
+        ValueError: for such a cache, such a mask, for packed texts and for cross-attention.
     """
+    # (First: masks for a static cache are made in another shape.)
+    layers = getattr(given_cache(kwargs), "layers", ())
+    if any("Static" in type(layer).__name__ for layer in layers):
+        raise ValueError(
+            "Late Prompt Tuning got a static KV cache, expected a dynamic one "
+            "(cache_implementation='dynamic'): it has no room for the prompt rows of the layers "
+            "above the insertion."
+        )
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         got = f"{mask.dim()}-D" if isinstance(mask, Tensor) else type(mask).__name__
@@ -102,6 +105,7 @@ def check_inputs(inputs: dict, kwargs: dict) -> None:
         packed = ["position_ids that restart"] if (positions.diff(dim=1) != 1).any() else []
     if packed:
         raise ValueError(
-            f"Late Prompt Tuning got several texts packed into one row ({packed[0]}); give one "
-            "text per row, padded, with an attention_mask."
+            f"Late Prompt Tuning got several texts packed into one row ({packed[0]}), expected one "
+            "text a row, padded, with an attention_mask (TRL: packing=False, padding_free=False; "
+            "lpt_fast/train/README.md says why)."
         )

@@ -169,7 +169,8 @@ def forward_packed(late, call: Call, rows: Rows, ids: Tensor | None):
     config, generator = late.lpt_config[name], late.lpt_generator[name]
     readable = end = None
     if family.causal:
-        readable = late.context.of(attended(rows.tokens, B, S, device), call, late.training)
+        tokens = attended(rows.tokens, B, S, device)
+        readable = late.context.of(tokens, call, late.training, generator.reads_text)
         # The context is always the first tokens of a text.
         end = readable.sum(1, dtype=torch.int32)
 

@@ -58,9 +58,9 @@ def run_padded(late, call: Call, inputs: dict, kwargs: dict, wanted):
         positions = None if positions is None else positions + m
     else:
         readable = attended(tokens, *hidden.shape[:2], hidden.device)
-        if family.causal:
-            readable = late.context.of(readable, call, late.training)
         generator = late.lpt_generator[late.active_adapters[0]]
+        if family.causal:
+            readable = late.context.of(readable, call, late.training, generator.reads_text)
         rows = generator(hidden, tokens, readable)
         positions = layout.extend_positions(positions, len(hidden))
     upper = run_upper(
