@@ -29,6 +29,7 @@ from ..backbone.families import (
     head_modules,
     is_causal_lm,
 )
+from .all_arguments import hand_on_all
 from .config import LPT, PREFIX, LPTConfig
 from .late_prompt import NO_MERGE, LatePrompt
 
@@ -314,3 +315,4 @@ def register() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[LPT] = LPTConfig
     PEFT_TYPE_TO_TUNER_MAPPING[LPT] = LPTModel
     PEFT_TYPE_TO_PREFIX_MAPPING[LPT] = PREFIX
+    hand_on_all()
