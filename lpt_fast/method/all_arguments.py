@@ -1,7 +1,7 @@
 """Every argument of a call reaches the model.
 
 PEFT's model for question answering names `token_type_ids` and `position_ids` and hands neither on
-(0.19 - 0.21), so that a text came out otherwise than in the base model, and than from a cache, which
+(0.21), so that a text came out otherwise than in the base model, and than from a cache, which
 keeps them.
 """
 

@@ -109,3 +109,20 @@ def check_inputs(inputs: dict, kwargs: dict) -> None:
             "text a row, padded, with an attention_mask (TRL: packing=False, padding_free=False; "
             "lpt_fast/train/README.md says why)."
         )
+
+
+def give_each_a_token(inputs: dict) -> None:
+    """Rows of the mask without a token get their first place as one.
+
+    The model's own attention spreads over padding there: that row's output means nothing, but it is
+    finite, and the others of the batch are what they are without it. A prompt needs a token to
+    stand before and, but for "static", to be made from.
+
+    Args:
+        inputs: of the backbone's forward; `attention_mask` [B, S] is replaced in it.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.shape[1]:
+        first = torch.zeros_like(mask)
+        first[:, 0] = 1
+        inputs["attention_mask"] = torch.where(mask.bool().any(1, keepdim=True), mask, first)

@@ -60,6 +60,11 @@ class LPTConfig(PeftConfig):
     `num_virtual_tokens` prompt rows from the output of layer k. They are put before the first
     token, flow through the layers k+1..L and are removed after the last one.
 
+    `get_peft_model` and `add_adapter` fill in place what depends on the model: insertion_layer,
+    target_modules, num_labels, id2label, modules_to_save. The object may serve several models: each
+    is filled from what you gave, and where that differs, the later model works on a copy of its own
+    (`model.peft_config[name]`). Changes after that change no adapter, only what is saved.
+
     Raises:
         ValueError: for a value that cannot work; the message names the field, what it got and what
             is allowed. What depends on the model (the range of `insertion_layer`) is checked when

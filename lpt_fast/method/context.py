@@ -25,21 +25,10 @@ def attended(tokens: Tensor | None, batch: int, length: int, device: torch.devic
         tokens: which positions hold tokens, bool [B, at least S] (the last S count), or None for
             all.
         batch, length, device: of the hidden states.
-
-    Raises:
-        ValueError: for an example without any.
     """
     if tokens is None:
         return torch.ones(batch, length, dtype=torch.bool, device=device)
-    tokens = tokens[:, -length:]
-    check(
-        tokens.any(1),
-        lambda: (
-            "An example of the batch has no attended token; every row of attention_mask needs at "
-            "least one 1."
-        ),
-    )
-    return tokens
+    return tokens[:, -length:]
 
 
 def first_tokens(tokens: Tensor, context_lengths, repeat: bool = False) -> Tensor:

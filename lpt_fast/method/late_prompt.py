@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
@@ -15,7 +17,7 @@ from ..backbone.families import Family, get_layers, is_language_model
 from ..backbone.lower import run_lower
 from ..backbone.watch import Modes, Watch
 from . import cached_call as cached
-from .call_inputs import attended_of, check_inputs
+from .call_inputs import attended_of, check_inputs, give_each_a_token
 from .config import LPTConfig, check_upper
 from .context import Context, parameter_names
 from .generators import PromptGenerator, build_generator
@@ -126,7 +128,8 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         if weight.is_floating_point():
             generator.to(weight.dtype)
         self.lpt_generator[adapter_name] = generator
-        self.lpt_config[adapter_name] = config
+        # A copy: who goes on to use the object for another adapter does not change this one.
+        self.lpt_config[adapter_name] = copy.deepcopy(config)
         if config.init_from_vocab and not on_meta and not inference_mode:
             self._init_from_vocab(generator, config)
         generator.train(self.training)
@@ -347,6 +350,7 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         inputs = {name: kwargs.pop(name) for name in TEXT if name in kwargs}
         kwargs.pop(SHIFTED, None)
         check_inputs(inputs, kwargs)
+        give_each_a_token(inputs)
         if takes_packed(self, call, inputs, kwargs):
             output = run_call(self, call, inputs, kwargs)
             return output if return_dict else output.to_tuple()

@@ -31,6 +31,7 @@ from ..backbone.families import (
 )
 from .all_arguments import hand_on_all
 from .config import LPT, PREFIX, LPTConfig
+from .filling_in import fill_in
 from .late_prompt import NO_MERGE, LatePrompt
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -57,7 +58,11 @@ class LPTModel(BaseTuner):
     # -- injection ---------------------------------------------------------------------------------
 
     def _prepare_adapter_config(self, peft_config: LPTConfig, model_config) -> LPTConfig:
-        """Fills in what depends on the model and checks it, before anything is changed."""
+        """Nothing: `inject_adapter` has filled it in."""
+        return peft_config
+
+    def _fill(self, peft_config: LPTConfig) -> None:
+        """Fills in what depends on the model and checks it."""
         name, backbone, family = find_backbone(self.model)
         depth = len(get_layers(backbone, family))
         k = peft_config.insertion_layer
@@ -82,7 +87,6 @@ class LPTModel(BaseTuner):
                 chosen = list(peft_config.modules_to_save or [])
                 peft_config.modules_to_save = [*chosen, *(h for h in heads if h not in chosen)]
         self._check_trainable(peft_config, backbone, family)
-        return peft_config
 
     def _check_trainable(self, peft_config: LPTConfig, backbone: nn.Module, family: Family) -> None:
         """Refuses modules_to_save at or below the insertion, which no gradient ever reaches."""
@@ -153,10 +157,13 @@ class LPTModel(BaseTuner):
         low_cpu_mem_usage=False,
         state_dict=None,
     ) -> None:
-        """Puts a late prompt into the backbone; arguments as of PEFT's BaseTuner."""
-        # What depends on the model is filled into the config. One config object may serve several
-        # models and adapters, so each gets a copy.
-        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        """Puts a late prompt into the backbone; arguments as of PEFT's BaseTuner.
+
+        What depends on the model (`filling_in.FIELDS`) is filled into the config that the user
+        gave, or into a copy of it where it serves another model already with other values.
+        """
+        config = self.peft_config[adapter_name]
+        self.peft_config[adapter_name] = fill_in(config, self._fill)
         # Where the prompt goes follows from the config alone; a state dict has nothing to add.
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         self._fit_head(adapter_name)
@@ -289,7 +296,10 @@ class LPTModel(BaseTuner):
         old = late.lpt_generator[adapter_name]
         trains = any(p.requires_grad for p in old.parameters())
         late.lpt_generator[adapter_name] = old.fold().requires_grad_(trains)
+        config = copy.copy(config)  # (The user's object may serve other models.)
         config.generator = "static"
+        self.peft_config[adapter_name] = config
+        late.lpt_config[adapter_name] = copy.deepcopy(config)
 
     # -- files -------------------------------------------------------------------------------------
 
