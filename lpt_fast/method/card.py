@@ -204,7 +204,8 @@ def write_card(folder: str | os.PathLike, config, figures: Mapping[str, float] |
         tag = _task(config)[1]
         if tag is not None:
             data["pipeline_tag"] = data.get("pipeline_tag") or tag
-        card.text = _text_with(_section(config, path.parent, figures or {}), card.text)
+        section = _section(config, path.parent, figures or {})
+        card.text = _text_with(section, card.text).rstrip("\n") + "\n"
         card.save(path)
     except Exception as error:  # (yaml, jinja2, the file system, the form of a user's own card)
         logger.warning("The model card %s was left as it is: %s", path, error)
