@@ -3,6 +3,10 @@ of this package.
 
 PEFT has a closed list of methods and no entry points, so `import lpt_fast` must come before an
 adapter is opened. PEFT says `KeyError: 'LPT'` where it did not, and its own card is an empty form.
+
+(A file that Python runs at each start, `.pth`, would do without the import. It would also put an
+import hook into every program of the environment, those that never touch PEFT among them.)
+SentenceTransformer writes a card of its own over this one.
 """
 
 from __future__ import annotations

@@ -102,6 +102,22 @@ def test_the_cards_own_code_opens_the_adapter(models_dir, tmp_path):
     assert "KeyError: 'LPT'" in (ROOT / "README.md").read_text()
 
 
+@pytest.mark.slow
+def test_the_cards_own_command_starts_a_program(tmp_path):
+    """`lm_eval` stands for any module; here it is one that asks whether PEFT knows the method."""
+    write_card(tmp_path, lpt(insertion_layer=1))
+    (command,) = re.findall(r"```bash\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL)
+    program = "import sys, peft\nprint(sys.argv[1:], 'LPT' in peft.PEFT_TYPE_TO_CONFIG_MAPPING)\n"
+    (tmp_path / "lm_eval.py").write_text(program)
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
+    command = command.replace("python", sys.executable, 1)
+    env = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(
+        command, shell=True, check=True, cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "['--help'] True"
+
+
 def test_what_the_card_says(tmp_path):
     model = get_peft_model(
         tiny("bert", "SEQ_CLS", id2label=NAMES), lpt(task_type="SEQ_CLS", insertion_layer=3)
