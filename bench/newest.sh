@@ -28,8 +28,9 @@ fi
 unset PIP_CONSTRAINT
 export PIP_DISABLE_PIP_VERSION_CHECK=1 TOKENIZERS_PARALLELISM=false PYTHONPATH=.:kernels
 python=$folder/bin/python
-if ! [ -x "$python" ]; then
-    "${PYTHON:-python3}" -m venv "$folder"
+[ -x "$python" ] || "${PYTHON:-python3}" -m venv "$folder"
+# (Asked of the packages: an installation may have been broken off.)
+if ! "$python" -c 'import matplotlib, peft, pytest, torch, transformers, typer' 2>/dev/null; then
     mapfile -t needed < <("$python" - <<'END'
 import ast, re
 

@@ -7,7 +7,6 @@ reads would be ignored, and a result be wrong without an error.
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
 
 from torch import nn
 
@@ -26,7 +25,10 @@ _REFUSED = (
 _KNOWN = {*CACHE_NAMES, *TEXT, *_OUTPUTS, *_OF_LOSS, *_REFUSED}
 
 
-@lru_cache(maxsize=64)
+# (A dict and no lru_cache, through which torch.compile would trace.)
+_NAMES: dict[type, str | None] = {}
+
+
 def _cache_name(cls: type) -> str | None:
     for base in cls.__mro__:  # (a user's own forward may take *args and hand them on)
         forward = vars(base).get("forward")
@@ -39,7 +41,10 @@ def _cache_name(cls: type) -> str | None:
 
 def cache_name(backbone: nn.Module) -> str | None:
     """What the backbone's forward calls its KV cache; None: it takes none."""
-    return _cache_name(type(backbone))
+    cls = type(backbone)
+    if cls not in _NAMES:
+        _NAMES[cls] = _cache_name(cls)
+    return _NAMES[cls]
 
 
 def given_cache(arguments: dict):
@@ -51,8 +56,7 @@ def set_cache(backbone: nn.Module, arguments: dict, cache) -> None:
     """Puts a KV cache, or None, among the arguments under the backbone's own name for it."""
     for name in CACHE_NAMES:
         arguments.pop(name, None)
-    name = cache_name(backbone)
-    if name is not None and cache is not None:
+    if cache is not None and (name := cache_name(backbone)) is not None:
         arguments[name] = cache
 
 

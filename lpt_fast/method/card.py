@@ -3,6 +3,10 @@ of this package.
 
 PEFT has a closed list of methods and no entry points, so `import lpt_fast` must come before an
 adapter is opened. PEFT says `KeyError: 'LPT'` where it did not, and its own card is an empty form.
+
+(A file that Python runs at each start, `.pth`, would do without the import. It would also put an
+import hook into every program of the environment, those that never touch PEFT among them.)
+SentenceTransformer writes a card of its own over this one.
 """
 
 from __future__ import annotations
@@ -204,7 +208,8 @@ def write_card(folder: str | os.PathLike, config, figures: Mapping[str, float] |
         tag = _task(config)[1]
         if tag is not None:
             data["pipeline_tag"] = data.get("pipeline_tag") or tag
-        card.text = _text_with(_section(config, path.parent, figures or {}), card.text)
+        section = _section(config, path.parent, figures or {})
+        card.text = _text_with(section, card.text).rstrip("\n") + "\n"
         card.save(path)
     except Exception as error:  # (yaml, jinja2, the file system, the form of a user's own card)
         logger.warning("The model card %s was left as it is: %s", path, error)

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from ..backbone.arguments import TEXT, check_known
+from ..backbone.arguments import TEXT, cache_name, check_known
 from ..backbone.copies import LATE_PROMPT
 from ..backbone.families import Family, get_layers, is_language_model
 from ..backbone.lower import run_lower
@@ -86,6 +86,7 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         root, backbone = self.root, self.backbone
         backbone.add_module(LATE_PROMPT, self)
         backbone.forward = self.run
+        cache_name(backbone)  # found out here, where torch.compile does not trace
         self._hooks = (
             root.register_forward_pre_hook(self._enter, with_kwargs=True),
             root.register_forward_hook(self.context.forget, always_call=True),
