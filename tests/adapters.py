@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import peft
+import pytest
 import torch
+from packaging.version import Version
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from lpt_fast import LPTConfig
+
+# Transformers 5.24 asks for a PEFT that is not published, whatever the method.
+needs_own_adapters = pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"this transformers adapts models with peft >= {MIN_PEFT_VERSION} alone",
+)
 
 
 def lpt(**more) -> LPTConfig:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .arguments import given_cache, set_cache
 from .cache_view import CacheView
 from .copies import cut_copy
 from .families import Family, get_layers
@@ -42,9 +43,10 @@ def run_lower(backbone: nn.Module, family: Family, k: int, inputs: dict):
     lower = build_lower(backbone, family, k)
     if any(module.training for module in lower.modules()):
         lower.eval()
-    cache = inputs.get("past_key_values")
+    cache = given_cache(inputs)
     if cache is not None:
-        inputs = {**inputs, "past_key_values": CacheView(cache, 0, k)}
+        inputs = dict(inputs)
+        set_cache(backbone, inputs, CacheView(cache, 0, k))
     with torch.no_grad():
         return lower(**inputs)
 

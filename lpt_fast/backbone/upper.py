@@ -9,6 +9,7 @@ import copy
 from torch import Tensor, nn
 
 from ..insertion.padded_layout import PromptLayout
+from .arguments import given_cache, set_cache
 from .cache_view import CacheView
 from .copies import cut_copy, set_submodule, shallow_copy
 from .families import Family, get_layers
@@ -88,7 +89,6 @@ def run_upper(
     training: bool,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
-    past_key_values=None,
     **kwargs,
 ):
     """Layers k+1..L over rows [B, S', D] that hold the prompt already.
@@ -100,8 +100,7 @@ def run_upper(
         training: whether the model trains.
         attention_mask: [B, T + m] over everything attended to, or None for all.
         position_ids: [B, S'] or None.
-        past_key_values: the whole model's cache, or None.
-        kwargs: for the backbone's own forward.
+        kwargs: for the backbone's own forward, the whole model's KV cache among them.
 
     Returns:
         The backbone's usual output; its rows still hold the prompt.
@@ -109,6 +108,7 @@ def run_upper(
     upper = build_upper(backbone, family, k, training)
     if family.takes_positions:
         kwargs["position_ids"] = position_ids
-    if past_key_values is not None:
-        kwargs["past_key_values"] = CacheView(past_key_values, k, None)
+    cache = given_cache(kwargs)
+    if cache is not None:
+        set_cache(backbone, kwargs, CacheView(cache, k, None))
     return upper(inputs_embeds=rows, attention_mask=attention_mask, **kwargs)

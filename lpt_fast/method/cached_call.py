@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..backbone.arguments import CACHE_NAMES
 from ..backbone.families import get_layers
 from ..packing import PackedBatch
 from .context import parameter_names
@@ -128,7 +129,7 @@ def _check_call(late, kwargs: dict) -> None:
         )
     # (The cache of an encoder-decoder is its decoder's, and none of this project's business.)
     if late.family.causal:
-        for name in ("past_key_values", "use_cache"):
+        for name in (*CACHE_NAMES, "use_cache"):
             if kwargs.get(name) is not None and kwargs[name] is not False:
                 raise ValueError(
                     f"Late Prompt Tuning got `{name}` together with `{CACHED}`, expected no KV "

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from ..backbone.arguments import given_cache, set_cache
 from ..backbone.families import Family, get_layers
 
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
@@ -18,17 +19,17 @@ def kv_cache(backbone: nn.Module, family: Family, k: int, m: int, training: bool
         backbone, family, k: as for `run_lower`.
         m: prompt rows per example.
         training: whether the model trains.
-        kwargs: of the backbone's forward; `use_cache` and `past_key_values` are set in them.
+        kwargs: of the backbone's forward; `use_cache` and the KV cache are set in them.
 
     Returns:
         The cache or None, and the number of tokens that it holds below the insertion.
 
     Raises:
-        ValueError: for a static cache, and for one that something else has filled.
+        ValueError: for one that something else has filled.
     """
     if not family.causal:
         return None, 0
-    cache = kwargs.get("past_key_values")
+    cache = given_cache(kwargs)
     use_cache = kwargs.get("use_cache", getattr(backbone.config, "use_cache", False))
     checkpointing = any(
         getattr(layer, "gradient_checkpointing", False) for layer in get_layers(backbone, family)
@@ -40,13 +41,7 @@ def kv_cache(backbone: nn.Module, family: Family, k: int, m: int, training: bool
         return None, 0
     if cache is None:
         cache = DynamicCache(config=backbone.config)
-    if any("Static" in type(layer).__name__ for layer in getattr(cache, "layers", ())):
-        raise ValueError(
-            "Late Prompt Tuning got a static KV cache, which has no room for the prompt rows "
-            "of the layers above the insertion. Use a dynamic cache "
-            "(cache_implementation='dynamic')."
-        )
-    kwargs["past_key_values"] = cache
+    set_cache(backbone, kwargs, cache)
     past = cache.get_seq_length()
     if past and cache.get_seq_length(k) != past + m:
         raise ValueError(
@@ -75,15 +70,24 @@ def attended_of(kwargs: dict) -> tuple[Tensor | None, tuple[int, int], torch.dev
 
 
 def check_inputs(inputs: dict, kwargs: dict) -> None:
-    """Refuses masks that prompt rows cannot be added to, and texts packed into one row.
+    """Refuses static KV caches, masks that prompt rows cannot be added to, and texts packed into
+    one row.
 
     Args:
         inputs: what the lower half needs to make its input, by name.
         kwargs: the other arguments of the backbone's forward.
 
     Raises:
-        ValueError: for such a mask, for packed texts and for cross-attention.
+        ValueError: for such a cache, such a mask, for packed texts and for cross-attention.
     """
+    # (First: masks for a static cache are made in another shape.)
+    layers = getattr(given_cache(kwargs), "layers", ())
+    if any("Static" in type(layer).__name__ for layer in layers):
+        raise ValueError(
+            "Late Prompt Tuning got a static KV cache, expected a dynamic one "
+            "(cache_implementation='dynamic'): it has no room for the prompt rows of the layers "
+            "above the insertion."
+        )
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         got = f"{mask.dim()}-D" if isinstance(mask, Tensor) else type(mask).__name__
@@ -101,6 +105,24 @@ def check_inputs(inputs: dict, kwargs: dict) -> None:
         packed = ["position_ids that restart"] if (positions.diff(dim=1) != 1).any() else []
     if packed:
         raise ValueError(
-            f"Late Prompt Tuning got several texts packed into one row ({packed[0]}); give one "
-            "text per row, padded, with an attention_mask."
+            f"Late Prompt Tuning got several texts packed into one row ({packed[0]}), expected one "
+            "text a row, padded, with an attention_mask (TRL: packing=False, padding_free=False; "
+            "lpt_fast/train/README.md says why)."
         )
+
+
+def give_each_a_token(inputs: dict) -> None:
+    """Rows of the mask without a token get their first place as one.
+
+    The model's own attention spreads over padding there: that row's output means nothing, but it is
+    finite, and the others of the batch are what they are without it. A prompt needs a token to
+    stand before and, but for "static", to be made from.
+
+    Args:
+        inputs: of the backbone's forward; `attention_mask` [B, S] is replaced in it.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.shape[1]:
+        first = torch.zeros_like(mask)
+        first[:, 0] = 1
+        inputs["attention_mask"] = torch.where(mask.bool().any(1, keepdim=True), mask, first)

@@ -60,6 +60,11 @@ class LPTConfig(PeftConfig):
     `num_virtual_tokens` prompt rows from the output of layer k. They are put before the first
     token, flow through the layers k+1..L and are removed after the last one.
 
+    `get_peft_model` and `add_adapter` fill in place what depends on the model: insertion_layer,
+    target_modules, num_labels, id2label, modules_to_save. The object may serve several models: each
+    is filled from what you gave, and where that differs, the later model works on a copy of its own
+    (`model.peft_config[name]`). Changes after that change no adapter, only what is saved.
+
     Raises:
         ValueError: for a value that cannot work; the message names the field, what it got and what
             is allowed. What depends on the model (the range of `insertion_layer`) is checked when
@@ -193,6 +198,15 @@ class LPTConfig(PeftConfig):
             raise ValueError(
                 f"`modules_to_save` must be a list of names, got {self.modules_to_save!r}."
             )
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """As PEFT's, and renews the model card beside it (card.py). Every way to save an adapter,
+        PEFT's and Transformers', comes by here.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        from .card import write_card
+
+        write_card(save_directory, self)
 
     def to_dict(self) -> dict:
         """As PEFT's, with the method's name as a plain string."""

@@ -25,21 +25,10 @@ def attended(tokens: Tensor | None, batch: int, length: int, device: torch.devic
         tokens: which positions hold tokens, bool [B, at least S] (the last S count), or None for
             all.
         batch, length, device: of the hidden states.
-
-    Raises:
-        ValueError: for an example without any.
     """
     if tokens is None:
         return torch.ones(batch, length, dtype=torch.bool, device=device)
-    tokens = tokens[:, -length:]
-    check(
-        tokens.any(1),
-        lambda: (
-            "An example of the batch has no attended token; every row of attention_mask needs at "
-            "least one 1."
-        ),
-    )
-    return tokens
+    return tokens[:, -length:]
 
 
 def first_tokens(tokens: Tensor, context_lengths, repeat: bool = False) -> Tensor:
@@ -90,8 +79,10 @@ def before_answer(tokens: Tensor, labels: Tensor) -> Tensor:
     check(
         context.any(1),
         lambda: (
-            "An example's labels begin at its first token, which leaves no context to make the "
-            "prompt from; set the labels of the context to -100, or give `context_lengths`."
+            "An example's labels begin at its first token, expected a context before them that "
+            "the prompt is made from; set its labels to -100 (TRL: completion_only_loss or "
+            "assistant_only_loss), give `context_lengths`, or train generator='static', which "
+            "reads no text (lpt_fast/train/README.md)."
         ),
     )
     return context
@@ -170,13 +161,15 @@ class Context:
         finally:
             del self._generations[_thread()]
 
-    def of(self, tokens: Tensor, call: Call, training: bool) -> Tensor:
+    def of(self, tokens: Tensor, call: Call, training: bool, reads_text: bool) -> Tensor:
         """The context of each example of a decoder, bool [B, S].
 
         Args:
             tokens: the attended tokens, bool [B, S].
             call: what was noted of the call.
             training: whether the model trains.
+            reads_text: whether the generator does; to one that does not, a context means nothing
+                (but one that is given has to be sound).
         """
         if call.context_lengths is not None:
             return first_tokens(tokens, call.context_lengths)
@@ -185,6 +178,8 @@ class Context:
             if generation[0] is None:
                 generation[0] = tokens.sum(1)
             return first_tokens(tokens, generation[0], repeat=True)
+        if not reads_text:
+            return tokens
         if self.causal_lm and call.labels is not None:
             return before_answer(tokens, call.labels)
         if self.causal_lm and training and torch.is_grad_enabled():

@@ -47,6 +47,11 @@ class PromptGenerator(nn.Module):
     reads_states = False
     """Whether `weights` looks at its arguments."""
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether the prompt depends on the text, so that it matters where its context ends."""
+        return self.reads_states or self.kind != "static"
+
     def fill(
         self,
         buffer: Tensor,

@@ -4,17 +4,20 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from ..backbone.arguments import TEXT, cache_name, check_known
 from ..backbone.copies import LATE_PROMPT
 from ..backbone.families import Family, get_layers, is_language_model
 from ..backbone.lower import run_lower
 from ..backbone.watch import Modes, Watch
 from . import cached_call as cached
-from .call_inputs import attended_of, check_inputs
+from .call_inputs import attended_of, check_inputs, give_each_a_token
 from .config import LPTConfig, check_upper
 from .context import Context, parameter_names
 from .generators import PromptGenerator, build_generator
@@ -22,9 +25,6 @@ from .labels import get_labels, set_labels
 from .packed_call import run_call, takes_packed
 from .padded_call import capture, run_padded
 from .readout import READOUT, SHIFTED, checked_places, narrow_labels
-
-# What the lower half needs to make its input; the upper half gets that as `inputs_embeds`.
-_INPUTS = ("input_ids", "inputs_embeds", "token_type_ids", "attention_mask", "position_ids")
 
 
 class LatePrompt(nn.Module, BaseTunerLayer):
@@ -86,6 +86,7 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         root, backbone = self.root, self.backbone
         backbone.add_module(LATE_PROMPT, self)
         backbone.forward = self.run
+        cache_name(backbone)  # found out here, where torch.compile does not trace
         self._hooks = (
             root.register_forward_pre_hook(self._enter, with_kwargs=True),
             root.register_forward_hook(self.context.forget, always_call=True),
@@ -128,7 +129,8 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         if weight.is_floating_point():
             generator.to(weight.dtype)
         self.lpt_generator[adapter_name] = generator
-        self.lpt_config[adapter_name] = config
+        # A copy: who goes on to use the object for another adapter does not change this one.
+        self.lpt_config[adapter_name] = copy.deepcopy(config)
         if config.init_from_vocab and not on_meta and not inference_mode:
             self._init_from_vocab(generator, config)
         generator.train(self.training)
@@ -338,6 +340,7 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         names = parameter_names(forward)
         kwargs.update(zip(names, args, strict=False))
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        check_known(backbone, self.family.causal, kwargs)
         return_dict = kwargs.pop("return_dict", getattr(backbone.config, "return_dict", True))
         if call.cached is not None:
             cached.check_outputs(backbone.config, kwargs)
@@ -345,9 +348,10 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         if self.training:
             self._sync_modes(below=call.cached is None)
 
-        inputs = {name: kwargs.pop(name) for name in _INPUTS if name in kwargs}
+        inputs = {name: kwargs.pop(name) for name in TEXT if name in kwargs}
         kwargs.pop(SHIFTED, None)
         check_inputs(inputs, kwargs)
+        give_each_a_token(inputs)
         if takes_packed(self, call, inputs, kwargs):
             output = run_call(self, call, inputs, kwargs)
             return output if return_dict else output.to_tuple()

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
 )
 
+from ..backbone.arguments import given_cache, set_cache
 from ..backbone.lower import run_lower
 from ..packed.held import HeldRows
 from ..packed.plan import Plan
@@ -168,7 +169,8 @@ def forward_packed(late, call: Call, rows: Rows, ids: Tensor | None):
     config, generator = late.lpt_config[name], late.lpt_generator[name]
     readable = end = None
     if family.causal:
-        readable = late.context.of(attended(rows.tokens, B, S, device), call, late.training)
+        tokens = attended(rows.tokens, B, S, device)
+        readable = late.context.of(tokens, call, late.training, generator.reads_text)
         # The context is always the first tokens of a text.
         end = readable.sum(1, dtype=torch.int32)
 
@@ -253,7 +255,7 @@ def _why_padded_call(late, call: Call, inputs: dict, kwargs: dict) -> str | None
     for name in outputs_asked(config, kwargs):
         return f"{name} is asked for"
     if late.family.causal and call.cached is None:
-        cache = kwargs.get("past_key_values") is not None
+        cache = given_cache(kwargs) is not None
         # Nobody reads a KV cache that only the config asks for in training, beside labels, and
         # behind heads that generate nothing.
         unread = late.training or call.labels is not None or call.readout is not None
@@ -285,7 +287,8 @@ def run_call(late, call: Call, inputs: dict, kwargs: dict):
     else:
         kwargs = {**kwargs, "return_dict": True}
         if late.family.causal:
-            kwargs.update(use_cache=False, past_key_values=None)
+            kwargs["use_cache"] = False
+            set_cache(late.backbone, kwargs, None)
         hidden = run_lower(late.backbone, late.family, k, {**inputs, **kwargs})
         mask = inputs.get("attention_mask")
         tokens = None if mask is None else mask.bool()

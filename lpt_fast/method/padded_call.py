@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from ..backbone.arguments import CACHE_NAMES, set_cache
 from ..backbone.lower import run_lower
 from ..backbone.upper import run_upper
 from ..insertion.padded_layout import PromptLayout
@@ -42,7 +43,8 @@ def run_padded(late, call: Call, inputs: dict, kwargs: dict, wanted):
     if call.cached is not None:
         hidden, inputs = cached.hidden_states(late, call.cached, k)
         if family.causal:
-            kwargs.update(use_cache=False, past_key_values=None)
+            kwargs["use_cache"] = False
+            set_cache(backbone, kwargs, None)
     else:
         cache, past = kv_cache(backbone, family, k, m, late.training, kwargs)
         lower = run_lower(backbone, family, k, {**inputs, **kwargs, "return_dict": True})
@@ -56,9 +58,9 @@ def run_padded(late, call: Call, inputs: dict, kwargs: dict, wanted):
         positions = None if positions is None else positions + m
     else:
         readable = attended(tokens, *hidden.shape[:2], hidden.device)
-        if family.causal:
-            readable = late.context.of(readable, call, late.training)
         generator = late.lpt_generator[late.active_adapters[0]]
+        if family.causal:
+            readable = late.context.of(readable, call, late.training, generator.reads_text)
         rows = generator(hidden, tokens, readable)
         positions = layout.extend_positions(positions, len(hidden))
     upper = run_upper(
@@ -115,6 +117,7 @@ def _assemble(late, lower, upper, strip, cache, wanted):
     if fields.get("attentions") is not None:
         # Maps of the upper layers have m more rows and columns: the prompt's.
         fields["attentions"] = (*lower.attentions, *upper.attentions)
-    if "past_key_values" in fields and fields["past_key_values"] is not None:
-        fields["past_key_values"] = cache
+    for name in CACHE_NAMES:
+        if fields.get(name) is not None:
+            fields[name] = cache
     return type(upper)(**fields)

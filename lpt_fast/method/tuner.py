@@ -29,7 +29,9 @@ from ..backbone.families import (
     head_modules,
     is_causal_lm,
 )
+from .all_arguments import hand_on_all
 from .config import LPT, PREFIX, LPTConfig
+from .filling_in import fill_in
 from .late_prompt import NO_MERGE, LatePrompt
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -56,7 +58,11 @@ class LPTModel(BaseTuner):
     # -- injection ---------------------------------------------------------------------------------
 
     def _prepare_adapter_config(self, peft_config: LPTConfig, model_config) -> LPTConfig:
-        """Fills in what depends on the model and checks it, before anything is changed."""
+        """Nothing: `inject_adapter` has filled it in."""
+        return peft_config
+
+    def _fill(self, peft_config: LPTConfig) -> None:
+        """Fills in what depends on the model and checks it."""
         name, backbone, family = find_backbone(self.model)
         depth = len(get_layers(backbone, family))
         k = peft_config.insertion_layer
@@ -81,7 +87,6 @@ class LPTModel(BaseTuner):
                 chosen = list(peft_config.modules_to_save or [])
                 peft_config.modules_to_save = [*chosen, *(h for h in heads if h not in chosen)]
         self._check_trainable(peft_config, backbone, family)
-        return peft_config
 
     def _check_trainable(self, peft_config: LPTConfig, backbone: nn.Module, family: Family) -> None:
         """Refuses modules_to_save at or below the insertion, which no gradient ever reaches."""
@@ -152,10 +157,13 @@ class LPTModel(BaseTuner):
         low_cpu_mem_usage=False,
         state_dict=None,
     ) -> None:
-        """Puts a late prompt into the backbone; arguments as of PEFT's BaseTuner."""
-        # What depends on the model is filled into the config. One config object may serve several
-        # models and adapters, so each gets a copy.
-        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        """Puts a late prompt into the backbone; arguments as of PEFT's BaseTuner.
+
+        What depends on the model (`filling_in.FIELDS`) is filled into the config that the user
+        gave, or into a copy of it where it serves another model already with other values.
+        """
+        config = self.peft_config[adapter_name]
+        self.peft_config[adapter_name] = fill_in(config, self._fill)
         # Where the prompt goes follows from the config alone; a state dict has nothing to add.
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         self._fit_head(adapter_name)
@@ -235,6 +243,11 @@ class LPTModel(BaseTuner):
                 "prompt rows, so one batch runs one adapter. Use set_adapter() and a batch for "
                 "each."
             )
+        if kwargs.get("alora_offsets") is not None:  # which PEFT takes out of the call
+            raise ValueError(
+                "Late Prompt Tuning got `alora_offsets`, expected none: they are for activated "
+                "LoRA. Leave it out; `context_lengths` says where a decoder's context ends."
+            )
         yield
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -283,7 +296,10 @@ class LPTModel(BaseTuner):
         old = late.lpt_generator[adapter_name]
         trains = any(p.requires_grad for p in old.parameters())
         late.lpt_generator[adapter_name] = old.fold().requires_grad_(trains)
+        config = copy.copy(config)  # (The user's object may serve other models.)
         config.generator = "static"
+        self.peft_config[adapter_name] = config
+        late.lpt_config[adapter_name] = copy.deepcopy(config)
 
     # -- files -------------------------------------------------------------------------------------
 
@@ -309,3 +325,4 @@ def register() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[LPT] = LPTConfig
     PEFT_TYPE_TO_TUNER_MAPPING[LPT] = LPTModel
     PEFT_TYPE_TO_PREFIX_MAPPING[LPT] = PREFIX
+    hand_on_all()

@@ -22,6 +22,7 @@ from .cached_dataset import PendingBatch, ReadAhead
 from .cached_loading import CachedLoading
 from .collators import IGNORED, CachedCollator, LabelRules
 from .exact_resume import CountedTraining
+from .figures import write_figures
 from .training_record import compare_names
 
 logger = logging.getLogger(__name__)
@@ -200,6 +201,23 @@ class LPTTrainer(CachedLoading, CountedTraining, Trainer):
         if isinstance(data_collator, CachedCollator):
             return data_collator  # the one inside it has removed them
         return super()._get_collator_with_removed_columns(data_collator, description)
+
+    # -- the adapter's card ------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's; the model card gets the figures of the evaluations so far."""
+        super().save_model(output_dir, _internal_call)
+        self._write_figures(output_dir)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """As Trainer's; what the card says of the adapter is kept."""
+        super().create_model_card(*args, **kwargs)
+        self._write_figures(None)
+
+    def _write_figures(self, folder: str | None) -> None:
+        if self.args.should_save:
+            best = bool(self.args.load_best_model_at_end)
+            write_figures(folder or self.args.output_dir, self._late_prompt, self.state, best)
 
     # -- loops -------------------------------------------------------------------------------------
 

@@ -105,6 +105,7 @@ REFUSED = {
     "`attention_mask` together": {"attention_mask": torch.ones(5, 9)},
     "`position_ids` together": {"position_ids": torch.ones(5, 9)},
     "`use_cache` together with `cached_hidden`, expected no KV cache": {"use_cache": True},
+    "`cache` together": {"cache": tf.DynamicCache()},
     "`past_key_values` together": {"past_key_values": tf.DynamicCache()},
     "output_hidden_states=True together .*expected False.*or give the text": {
         "output_hidden_states": True

@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 
 from lpt_fast.backbone.families import find_backbone
-from tests.adapters import lpt
+from tests.adapters import lpt, needs_own_adapters
 from tests.method.cases import (
     M,
     adapted,
@@ -115,6 +115,7 @@ def test_bare_backbone_under_peft(task):
     torch.testing.assert_close(by_tuner[1], expected.pooler_output, atol=1e-5, rtol=1e-5)
 
 
+@needs_own_adapters
 def test_through_transformers_own_adapter_methods():
     base = tiny("bert", "SEQ_CLS")
     model = copy.deepcopy(base)

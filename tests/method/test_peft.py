@@ -379,14 +379,6 @@ def test_wrapping_twice_warns_and_hooks_do_not_pile_up():
     assert any("second time" in str(w.message) for w in seen)
 
 
-def test_an_example_without_tokens_is_refused():
-    model = get_peft_model(tiny("bert"), lpt()).eval()
-    inputs = batch()
-    inputs["attention_mask"][3] = 0
-    with pytest.raises(ValueError, match="no attended token"):
-        model(**inputs)
-
-
 def test_masks_and_packing_that_cannot_work_are_refused():
     model = get_peft_model(tiny("llama"), lpt()).eval()
     ids = batch("none")["input_ids"]

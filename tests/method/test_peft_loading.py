@@ -16,7 +16,7 @@ from peft import (
 )
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from tests.adapters import lpt, stir
+from tests.adapters import lpt, needs_own_adapters, stir
 from tests.tiny import batch, tiny
 
 # Transformers 5.17 loads an adapter of any PEFT method without its head when PEFT's own classes are
@@ -99,6 +99,7 @@ def test_auto_model_for_other_tasks(base_dir, tmp_path):
 
 @pytest.mark.slow
 @needs_heads
+@needs_own_adapters
 def test_transformers_own_adapter_methods(tmp_path):
     """model.add_adapter / load_adapter / set_adapter / disable_adapters, without a PeftModel."""
     base = tiny("bert", "SEQ_CLS")
