@@ -19,6 +19,8 @@ _NEVER_CALLED = "it is no longer called, so that "
 # (where it is, its name) -> what happens when it goes
 PRIVATE: dict[tuple[str, str], str] = {
     # -- transformers: Trainer ---------------------------------------------------------------------
+    (_TRAINER, "_load_from_checkpoint"): _NEVER_CALLED
+    + "weights of another shape end in PyTorch's own error",
     (_TRAINER, "_signature_columns"): "context_lengths are removed from the data: wrong contexts",
     (_TRAINER, "_set_signature_columns_if_needed"): _NEVER_CALLED + "context_lengths are removed",
     (_TRAINER, "_get_collator_with_removed_columns"): _NEVER_CALLED + "columns go twice",
@@ -59,7 +61,7 @@ PRIVATE: dict[tuple[str, str], str] = {
     ("peft.tuners.tuners_utils", "BaseTuner"): _MOVED,
     ("peft.tuners.tuners_utils", "BaseTunerLayer"): _MOVED,
     ("peft.utils.other", "ModulesToSaveWrapper"): _MOVED + "; heads are not found",
-    (_TUNER, "_prepare_adapter_config"): _NEVER_CALLED + "k, labels and heads are not filled in",
+    (_TUNER, "_prepare_adapter_config"): "nothing: `inject_adapter` has filled in what it would",
     (_TUNER, "_check_target_module_exists"): _NEVER_CALLED + "no late prompt is added",
     (
         _TUNER,

@@ -201,7 +201,7 @@ def test_wrong_context_lengths(context, message):
 def test_labels_without_a_context():
     _, model = adapted("gpt2", "CAUSAL_LM", "CAUSAL_LM")
     inputs = batch("none")
-    with pytest.raises(ValueError, match="leaves no context.*-100.*context_lengths"):
+    with pytest.raises(ValueError, match="expected a context.*-100.*context_lengths"):
         model(**inputs, labels=inputs["input_ids"])
 
 
