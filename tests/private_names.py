@@ -38,6 +38,9 @@ PRIVATE: dict[tuple[str, str], str] = {
     ("transformers.trainer", "TRAINER_STATE_NAME"): _MOVED,
     ("transformers.trainer_utils", "PREFIX_CHECKPOINT_DIR"): _MOVED,
     ("transformers.trainer_utils", "has_length"): _MOVED,
+    ("transformers.trainer_pt_utils", "BatchRebalanceSampler"): _MOVED,
+    ("transformers.trainer_pt_utils", "get_length_grouped_indices"): _MOVED,
+    (_TRAINER, "_get_train_sampler"): "AttributeError when training begins: the order of examples",
     ("transformers.utils.generic", "find_labels"): _MOVED,
     # -- transformers: models ----------------------------------------------------------------------
     ("transformers.PreTrainedConfig", "_name_or_path"): "caches no longer say whose they are",
