@@ -41,7 +41,8 @@ def run_lower(backbone: nn.Module, family: Family, k: int, inputs: dict):
         final norm.
     """
     lower = build_lower(backbone, family, k)
-    if any(module.training for module in lower.modules()):
+    # (What is exported is in evaluation mode, and tracing cannot look into a copy.)
+    if not torch.compiler.is_exporting() and any(m.training for m in lower.modules()):
         lower.eval()
     cache = given_cache(inputs)
     if cache is not None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import reference
+from . import exportable, reference
 from .checks import (
     DTYPES,
     check_context,
@@ -222,6 +222,15 @@ def insert_prompt_padded(
         readable = context_mask.bool()
     layout = PromptLayout.from_mask(tokens, m)
     mask = layout.extend_mask(attention_mask)
+    if torch.compiler.is_exporting():
+        if dropout_p:
+            raise ValueError(
+                "A model with a late prompt was exported in training mode, expected evaluation "
+                "mode: its dropout would stay. Call eval() first."
+            )
+        wide = hidden.to(torch.promote_types(hidden.dtype, found[0].dtype))
+        prompt = exportable.make_prompts(wide, readable, kind, weights, m, last_token)
+        return layout.insert(prompt.to(hidden.dtype), hidden), mask
     start, count, order = _readable_rows(readable, B, S, device)
     impl = choose_impl(impl, hidden)
     if impl == "reference":

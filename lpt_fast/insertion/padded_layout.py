@@ -18,8 +18,11 @@ from torch import Tensor
 def check(condition: Tensor, message: Callable[[], str]) -> None:
     """Raises ValueError(message()) unless all of `condition` hold.
 
-    On CUDA it is a device assert: looking at the result would make the host wait in every step.
+    On CUDA it is a device assert: looking at the result would make the host wait in every step. A
+    model that is exported has no such checks.
     """
+    if torch.compiler.is_exporting():
+        return
     if condition.is_cuda:
         torch._assert_async(
             condition.all(), "lpt_fast: wrong attention_mask, labels or context_lengths"
@@ -85,7 +88,7 @@ class PromptLayout:
         """The attention mask with m ones where the prompt stands: [B, S] -> [B, m + S]."""
         if mask is None:
             return None
-        return self.insert(mask.new_ones(len(mask), self.m), mask)
+        return self.insert(mask.new_ones(mask.shape[0], self.m), mask)
 
     def extend_positions(self, positions: Tensor | None, batch: int) -> Tensor | None:
         """Positions for rotary layers: the prompt takes those of the first m tokens, the text moves

@@ -106,7 +106,7 @@ def make_prompts(
     Returns:
         [B, m, D].
     """
-    B, m, (T, D) = len(start), num_virtual_tokens, hidden.shape
+    B, m, (T, D) = start.shape[0], num_virtual_tokens, hidden.shape
     if kind == "static":
         prompt = weights["prompt_embedding.weight"].to(hidden.dtype)
         return prompt.expand(B, m, D)

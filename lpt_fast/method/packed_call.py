@@ -264,7 +264,8 @@ def _why_padded_call(late, call: Call, inputs: dict, kwargs: dict) -> str | None
         if cache or kwargs.get("use_cache", default):
             return "a KV cache is asked for"
     mask = inputs.get("attention_mask")
-    if call.cached is None and mask is not None and not mask.is_cuda:
+    looks = mask is not None and not mask.is_cuda and not torch.compiler.is_compiling()
+    if call.cached is None and looks:
         # Heads look at a column, whatever is there.
         reads = head_reads(late.root)
         if reads == "first" and not bool(mask[:, 0].all()):

@@ -62,7 +62,7 @@ def run_padded(late, call: Call, inputs: dict, kwargs: dict, wanted):
         if family.causal:
             readable = late.context.of(readable, call, late.training, generator.reads_text)
         rows = generator(hidden, tokens, readable)
-        positions = layout.extend_positions(positions, len(hidden))
+        positions = layout.extend_positions(positions, hidden.shape[0])
     upper = run_upper(
         backbone,
         family,
