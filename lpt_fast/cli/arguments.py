@@ -285,6 +285,26 @@ class PredictArguments(_Paths):
 
 
 @dataclass
+class ExportArguments(_Paths):
+    """Settings of `lpt-fast export`."""
+
+    adapter: str | None = _path(None, "Folder that `lpt-fast train` wrote.", "Model")
+    model: str | None = _path(None, "Base model. Default: the one that the adapter names.", "Model")
+    format: str = _option(
+        "onnx", "onnx (for ONNX Runtime) or torch (for torch.export.load).", "Output"
+    )
+    output_file: str | None = _path(
+        None, "Where to write. Default: model.onnx or model.pt2 in the adapter's folder.", "Output"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        _one_of("format", self.format, ("onnx", "torch"))
+        if not self.adapter:
+            raise ValueError("`--adapter` is missing: give the folder that `lpt-fast train` wrote.")
+
+
+@dataclass
 class PrecomputeArguments(DataArguments):
     """Settings of `lpt-fast precompute`. What changes a text's tokens has the names and defaults
     of `lpt-fast train`, which then finds them.

@@ -1,5 +1,5 @@
-"""The command line: lpt-fast demo | precompute | train | eval | predict | cache | env. Heavy
-imports wait until a command runs.
+"""The command line: lpt-fast demo | precompute | train | eval | predict | export | cache | env.
+Heavy imports wait until a command runs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,13 @@ from typing import Any
 
 import typer
 
-from .arguments import EvalArguments, PrecomputeArguments, PredictArguments, TrainArguments
+from .arguments import (
+    EvalArguments,
+    ExportArguments,
+    PrecomputeArguments,
+    PredictArguments,
+    TrainArguments,
+)
 from .cache import cache_app
 from .console import clean_errors, metrics_table, percent, table
 from .settings import default_of, merge
@@ -130,6 +136,16 @@ def predict(args: PredictArguments) -> None:
 
     _quiet()
     run(args, sys.stdin, sys.stdout)
+
+
+@_command(ExportArguments)
+def export(args: ExportArguments) -> None:
+    """Write a trained classifier as one file for ONNX Runtime or torch.export."""
+    from .export import export as run
+
+    _quiet()
+    for line in run(args):
+        typer.echo(line)
 
 
 @_command(PrecomputeArguments)

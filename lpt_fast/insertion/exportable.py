@@ -26,8 +26,8 @@ def make_prompts(
 
     Args:
         hidden: [B, S, D], in the dtype to compute in.
-        readable: bool [B, S], the tokens that a prompt is made from, one in each row at least; None:
-            all.
+        readable: bool [B, S], the tokens that a prompt is made from, at least one in each row;
+            None: all.
         kind, weights, m, last_token: as of `reference.make_prompts`.
 
     Returns:
