@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..backbone.copies import LATE_PROMPT
 from ..backbone.families import Family, find_backbone, get_layers
-from ..backbone.fingerprint import tensors_of
+from ..backbone.fingerprint import packed_weights, tensors_of
 from ..backbone.lower import build_lower
 from .documents import canonical
 from .errors import CacheError
@@ -160,7 +160,29 @@ def hash_weights(lower: nn.Module) -> str:
             )
         state.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
         state.update(_bytes_of(tensor))
+    for name, packed in packed_weights(lower):
+        _update(state, name, packed.__getstate__())
     return state.hexdigest()
+
+
+def _update(state, name: str, value: Any) -> None:
+    """Of what torch.ao's packed weights say that they are: tuples of tensors and numbers."""
+    if isinstance(value, list | tuple):
+        for i, part in enumerate(value):
+            _update(state, f"{name}.{i}", part)
+    elif isinstance(value, Tensor) and value.is_quantized:
+        per_channel = value.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
+        scale = (
+            (value.q_per_channel_scales().tolist(), value.q_per_channel_zero_points().tolist())
+            if per_channel
+            else (value.q_scale(), value.q_zero_point())
+        )
+        _update(state, f"{name}|{value.qscheme()}|{scale}", value.int_repr())
+    elif isinstance(value, Tensor):
+        state.update(f"{name}|{value.dtype}|{list(value.shape)}|".encode())
+        state.update(_bytes_of(value))
+    else:
+        state.update(f"{name}|{value!r}|".encode())
 
 
 def config_fields(place: Place) -> dict[str, Any]:

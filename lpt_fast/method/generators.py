@@ -41,8 +41,19 @@ class PromptGenerator(nn.Module):
     def weights(self, hidden: Tensor, readable: Tensor) -> dict[str, Tensor]:
         """The operator's weights by name. hidden [B, S, D], readable bool [B, S]: what generators
         beyond the paper make their prompt from themselves.
+
+        Raises:
+            ValueError: something has replaced this module's layers by such without parameters.
         """
-        return dict(self.named_parameters())
+        own = dict(self.named_parameters())
+        if not own:
+            now = {type(module) for module in self.children() if module is not self.dropout}
+            names = ", ".join(sorted(f"{cls.__module__}.{cls.__name__}" for cls in now))
+            raise ValueError(
+                f"The prompt generator has lost its weights (it holds {names}), expected its own "
+                "layers; quantise the base model alone, before get_peft_model."
+            )
+        return own
 
     reads_states = False
     """Whether `weights` looks at its arguments."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..backbone.copies import LATE_PROMPT
 from ..backbone.families import Family, frozen_above, get_layers
+from ..backbone.fingerprint import is_quantised
 from ..backbone.watch import HOOKS, Watch, descendants, spine
 from .attention import autocast_dtype, without_autocast
 from .blocks import BLOCKS, Block, LlamaBlock
@@ -131,6 +132,9 @@ def _why_changed(block, layers, modules) -> str | None:
             if _attention_drops(module):
                 return "attention above the insertion has active dropout (upper_dropout)"
             for p in own["_parameters"].values():
+                if p is not None and is_quantised(p):
+                    kind = f"{type(module).__name__} above the insertion is a {type(p).__name__}"
+                    return f"a weight of {kind} (quantised)"
                 if p is not None and p.requires_grad:
                     return f"a weight of {type(module).__name__} above the insertion trains"
     return None
