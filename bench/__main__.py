@@ -1,6 +1,6 @@
 """python -m bench accuracy | table | cache | cache-quantize | cache-accuracy | train |
 train-accuracy | train-plot | step-plot | kernels | plot | report | forecast |
-profile | lengths.
+profile | lengths | peft_suite.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ PROGRAMS = {
         "What kernels should take on a GPU, beside what they took.",
     ),
     "profile": ("kernels.profiling", "Where the time of an insertion goes, kernel by kernel."),
+    "peft_suite": ("peft_suite", "Run PEFT's own generic tests with LPTConfig as the method."),
     "lengths": ("shapes", "Print the token lengths of real texts that shapes are made of."),
 }
 
