@@ -122,8 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench peft_suite", description=__doc__)
     parser.add_argument("--peft", required=True, help="folder of PEFT's sources")
     parser.add_argument("--suite", action="append", choices=SUITES, help="only this (may repeat)")
-    parser.add_argument("pytest", nargs="*", help="arguments of pytest, behind --")
-    options = parser.parse_args(arguments)
+    options, of_pytest = parser.parse_known_args(arguments)  # the rest is pytest's
     tests = Path(options.peft) / "tests"
     if not (tests / "testing_common.py").is_file():
         print(f"{tests} holds no testing_common.py, expected PEFT's sources; clone them there.")
@@ -153,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
                 *(sys.executable, "-m", "pytest", "tests", "-q", "-p", "no:cacheprovider"),
                 *("--junitxml", str(folder / "results.xml"), "-p", "bench.peft_suite"),
                 *("--tb", "line", "-o", "addopts="),
-                *options.pytest,
+                *of_pytest,
             ],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
