@@ -82,6 +82,7 @@ OF_FAMILY = {
 # Part of a test's name -> why it cannot apply to a prompt that is made in the middle of a model.
 WHY_NOT = {
     "merge_layers": "a late prompt depends on the input and cannot be merged into weights",
+    "targeting_lora_to_embedding_layer": "a test of LoRA's, with a model from the hub",
     "mixed_adapter_batches": "adapters differ in layer and prompt rows: one batch runs one",
 }
 
