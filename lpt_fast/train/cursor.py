@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 FILE = "lpt_cursor.json"
 WEIGHT = "lpt_part_weight"  # of a part of a batch, among the inputs of a step
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a file of a checkpoint; it has its name when all of it is there."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    os.replace(part, path)
 
 
 @dataclass(frozen=True)
@@ -54,10 +62,7 @@ class Cursor:
 
     def write(self, folder: Path) -> None:
         """Writes the cursor beside a checkpoint's files."""
-        path = folder / FILE
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
-        os.replace(part, path)
+        write_json(folder / FILE, asdict(self))
 
     @classmethod
     def read(cls, folder: Path) -> Cursor | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import nn
 
 from ..backbone.families import get_layers
 from ..method.late_prompt import LatePrompt
+from .cursor import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +63,6 @@ def _weights_of(late: LatePrompt) -> dict[str, Any]:
     sample = torch.cat([p.flatten()[:_SAMPLE].float().to(found[0].device) for p in found])
     digest = hashlib.sha256(sample.cpu().numpy().tobytes()).hexdigest()[:32]
     return {"dtype": str(found[0].dtype).removeprefix("torch."), "weights": digest}
-
-
-def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Writes the record of a checkpoint."""
-    part = folder / f"{FILE}.part"
-    part.write_text(json.dumps(facts, indent=2), encoding="utf-8")
-    os.replace(part, folder / FILE)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -204,7 +197,7 @@ class RecordedTraining:
         """As Trainer's; a checkpoint gets its record."""
         super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None and self.args.should_save:
-            write_facts(Path(output_dir), self.all_facts())
+            write_json(Path(output_dir) / FILE, self.all_facts())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         check_facts(resume_from_checkpoint, self.all_facts())
