@@ -158,15 +158,16 @@ def hash_weights(lower: nn.Module) -> str:
                 f"The weight {name} has no values (it is on the meta device), expected a loaded "
                 "model; load the weights first."
             )
-        state.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
-        state.update(_bytes_of(tensor))
+        _update(state, name, tensor)
     for name, packed in packed_weights(lower):
         _update(state, name, packed.__getstate__())
     return state.hexdigest()
 
 
 def _update(state, name: str, value: Any) -> None:
-    """Of what torch.ao's packed weights say that they are: tuples of tensors and numbers."""
+    """Of a tensor, or of what torch.ao's packed weights say that they are: tuples of tensors and
+    numbers.
+    """
     if isinstance(value, list | tuple):
         for i, part in enumerate(value):
             _update(state, f"{name}.{i}", part)
