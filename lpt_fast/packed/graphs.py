@@ -107,7 +107,7 @@ class UpperRows(nn.Module):
         self.generator = late.lpt_generator[bucket.adapter]
 
     def forward(self, buffer, cu_seqlens, context_ends, positions, place) -> Tensor:
-        """As `forward_packed` in packed_forward.py, with filler texts behind the batch.
+        """As `forward_packed` in packed_call.py, with filler texts behind the batch.
 
         Args:
             buffer: [N, D], zeros behind the batch.
@@ -215,7 +215,7 @@ class UpperGraphs:
         return len(self._made)
 
     def bucket(self, rows, readout: bool, place, autocast: torch.dtype | None) -> Bucket:
-        """That of a batch (packed_forward.Rows); arguments else as of `run`."""
+        """That of a batch (packed_call.Rows); arguments else as of `run`."""
         late, plan = self._late, rows.plan
         tokens = plan.rows - plan.texts * plan.m
         size = _rounded(plan.longest, size_step(plan.longest))
@@ -241,7 +241,7 @@ class UpperGraphs:
         """The output rows by a graph; None where the batch has none and must run by itself.
 
         Args:
-            rows: the batch, a packed_forward.Rows.
+            rows: the batch, a packed_call.Rows.
             context_ends: int32 [B] of decoders, as of `UpperRows`.
             readout, place: whether one token is read of each text, int64 [B] (None: the first).
         """

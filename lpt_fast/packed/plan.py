@@ -113,8 +113,12 @@ class Plan:
     @cached_property
     def places_in_text(self) -> Tensor:
         """int64 [N], where in its text each row stands, counted from its first prompt row."""
-        row = self._count[: self.rows]
-        return row - self.starts[torch.searchsorted(self._ends[1:], row, right=True)]
+        return self._count[: self.rows] - self.starts[self._text_of_row]
+
+    @cached_property
+    def _text_of_row(self) -> Tensor:
+        """int64 [N], the number of each row's text."""
+        return torch.searchsorted(self._ends[1:], self._count[: self.rows], right=True)
 
     def readout_rows(self, place: Tensor | None) -> Tensor:
         """int64 [B], the row of the token at `place` of each text; None: the first token."""
@@ -223,9 +227,8 @@ class Plan:
     def to_rows(self) -> Tensor:
         """int64 [N], the padded place of each packed row."""
         if not self.sorted:
-            row = self._count[: self.rows]
             padding = torch.sub(self.starts, self._count[: self.texts], alpha=self.size)  # negative
-            return row - padding[torch.searchsorted(self._ends[1:], row, right=True)]
+            return self._count[: self.rows] - padding[self._text_of_row]
         place = torch.arange(len(self.targets), device=self.device)
         # Padding writes to a row that is cut off.
         return place.new_empty(self.rows + 1).scatter_(0, self.targets, place)[:-1]

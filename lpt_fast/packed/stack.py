@@ -7,11 +7,11 @@ text by text. Beyond that, four exact savings:
    backward for the prompt rows alone, and so does its attention; what they are may be held, once
    computed (projections.py);
 2. where the head reads one row of each text, the last layer computes that row alone (readout
-   pruning), and without rotary positions needs no keys and values either (packed_readout.py);
+   pruning), and without rotary positions needs no keys and values either (last_layer.py);
 3. frozen weights get no gradient, so nothing is kept for one;
 4. batches from the cache bring free rows, and prompts are written there: no concatenation.
 
-Which families: `packed_blocks.BLOCKS`. Everything else runs the padded way (upper.py).
+Which families: `blocks.BLOCKS`. Everything else runs the padded way (upper.py).
 """
 
 from __future__ import annotations
