@@ -17,10 +17,12 @@ TEXT = ("input_ids", "inputs_embeds", "token_type_ids", "attention_mask", "posit
 _OUTPUTS = ("use_cache", "output_hidden_states", "output_attentions", "return_dict")
 # Heads hand these on to the backbone, but they are the loss's.
 _OF_LOSS = ("labels", "shift_labels", "num_items_in_batch")
+# They say that several texts are packed into one row.
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 # Known, and refused by a sentence of their own (method/call_inputs.py).
 _REFUSED = (
     *("encoder_hidden_states", "encoder_attention_mask"),
-    *("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "max_length_q", "max_length_k"),
+    *(*PACKED, "max_length_q", "max_length_k"),
 )
 _KNOWN = {*CACHE_NAMES, *TEXT, *_OUTPUTS, *_OF_LOSS, *_REFUSED}
 

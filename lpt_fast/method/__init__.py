@@ -6,6 +6,8 @@ generators.py   hidden states -> prompt          context.py      which tokens a 
 call_inputs.py  what a call says of its text     labels.py, readout.py  labels; which token is read
 packed_call.py  a call of the packed layers      cached_call.py  `model(cached_hidden=batch)`
 padded_call.py  a call by the model's own code   card.py         the card beside a saved adapter
+filling_in.py   what a model fills into a config all_arguments.py  what PEFT would drop of a call
 
-Gives LPTConfig, LPTModel and LatePrompt. Knows backbone and packed: no files, no Trainer.
+Gives LPTConfig, LPTModel and LatePrompt. Knows backbone and packed: no files (but that card), no
+Trainer.
 """

@@ -14,13 +14,15 @@ from peft import PeftModelForQuestionAnswering
 
 from .config import LPT
 
+_OURS = "_hands_on_all"  # (PEFT may wrap its own, too.)
+
 
 def hand_on_all() -> None:
     """With a late prompt, calls of PEFT's question answering models go on with all that they got;
     other methods' calls stay PEFT's.
     """
     own = PeftModelForQuestionAnswering.forward
-    if hasattr(own, "__wrapped__"):
+    if getattr(own, _OURS, False):
         return
     signature = inspect.signature(own)
 
@@ -36,4 +38,5 @@ def hand_on_all() -> None:
             own_words = {"task_ids", *self.special_peft_forward_args}
             return self.base_model(**{k: v for k, v in given.items() if k not in own_words})
 
+    setattr(forward, _OURS, True)
     PeftModelForQuestionAnswering.forward = forward

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..backbone.arguments import given_cache, set_cache
+from ..backbone.arguments import PACKED, given_cache, set_cache
 from ..backbone.families import Family, get_layers
-
-_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
 def kv_cache(backbone: nn.Module, family: Family, k: int, m: int, training: bool, kwargs: dict):
@@ -100,7 +98,7 @@ def check_inputs(inputs: dict, kwargs: dict) -> None:
             "Late Prompt Tuning got encoder_hidden_states; cross-attention in the adapted "
             "backbone is not known."
         )
-    packed = [name for name in _PACKED if kwargs.get(name) is not None]
+    packed = [name for name in PACKED if kwargs.get(name) is not None]
     if not packed and mask is None and positions is not None and positions.shape[1] > 1:
         packed = ["position_ids that restart"] if (positions.diff(dim=1) != 1).any() else []
     if packed:
