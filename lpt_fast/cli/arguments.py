@@ -249,8 +249,7 @@ class EvalArguments(DataArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.adapter:
-            raise ValueError("`--adapter` is missing: give the folder that `lpt-fast train` wrote.")
+        _need_adapter(self.adapter)
         if not (self.test_file or self.dataset):
             raise ValueError("There is nothing to evaluate on: give --test_file or --dataset.")
 
@@ -280,8 +279,7 @@ class PredictArguments(_Paths):
     def __post_init__(self):
         super().__post_init__()
         _one_of("output_format", self.output_format, ("tsv", "jsonl"))
-        if not self.adapter:
-            raise ValueError("`--adapter` is missing: give the folder that `lpt-fast train` wrote.")
+        _need_adapter(self.adapter)
 
 
 @dataclass
@@ -300,8 +298,7 @@ class ExportArguments(_Paths):
     def __post_init__(self):
         super().__post_init__()
         _one_of("format", self.format, ("onnx", "torch"))
-        if not self.adapter:
-            raise ValueError("`--adapter` is missing: give the folder that `lpt-fast train` wrote.")
+        _need_adapter(self.adapter)
 
 
 @dataclass
@@ -397,6 +394,11 @@ class PrecomputeArguments(DataArguments):
                 f"{self.insertion_layer!r}."
             )
         return layers
+
+
+def _need_adapter(adapter: str | None) -> None:
+    if not adapter:
+        raise ValueError("`--adapter` is missing: give the folder that `lpt-fast train` wrote.")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

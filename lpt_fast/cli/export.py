@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,24 +25,9 @@ SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": ()}
 # Largest difference of a logit, as a share of the largest one (at least of 1).
 CLOSE = 1e-5
-_WORDS = (
-    "a",
-    "film",
-    "that",
-    "is",
-    "good",
-    "and",
-    "bad",
-    "at",
-    "once",
-    "was",
-    "not",
-    "what",
-    "I",
-    "saw",
-)
-# Words of the texts of each batch: the first is traced, the others are compared.
-TRACED, COMPARED = (7, 3), ((2, 15, 4), (12,), (5, 5))
+_TEXT = "a film that is good and bad at once was not what I saw"
+# Words of it in the texts of each batch: the first is traced, the others are compared.
+TRACED, COMPARED = (7, 3), ((2, 14, 4), (12,), (5, 5))
 
 
 class _Logits(nn.Module):
@@ -80,17 +66,28 @@ def export(args: ExportArguments) -> list[str]:
             "(--formulation classification), whose logits are those of the classes; train that."
         )
     model = classifier.model.float().eval()
+    _check_room(model, target)
     batches = [_batch(classifier, words) for words in (TRACED, *COMPARED)]
     names = list(batches[0])
     logits = _Logits(model, names)
     with torch.no_grad():
         wanted = [logits(*batch.values()) for batch in batches]
-        program = _traced(logits, batches[0])
-    about = {"labels": classifier.labels, "inputs": names, "max_length": _length(classifier)}
+        try:
+            program = _traced(logits, batches[0])
+        except Exception as error:  # PyTorch's own have no base class
+            raise ValueError(_could_not(model, error)) from None
+    about = {
+        "labels": classifier.labels,
+        "inputs": names,
+        "max_length": classifier.formulation.max_length,
+    }
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.resolve().parent) as new:
         part = Path(new) / target.name
         write = {"onnx": _write_onnx, "torch": _write_torch}[args.format]
-        run = write(program, batches[0], names, about, part)
+        try:
+            run = write(program, about, part)
+        except Exception as error:  # of PyTorch and three packages
+            raise ValueError(_could_not(model, error)) from None
         worst = 0.0
         for batch, want in zip(batches, wanted, strict=True):
             worst = max(worst, float((run(batch) - want).abs().max() / want.abs().max().clamp(1)))
@@ -105,36 +102,40 @@ def export(args: ExportArguments) -> list[str]:
             os.replace(file, target.resolve().parent / file.name)
     return [
         f"Wrote {target} ({size / 1e6:.1f} MB), equal to the model to {worst:.0e} on "
-        f"{len(batches)} batches of other sizes.",
+        f"{len(COMPARED)} batches of other sizes.",
         f"Inputs: {', '.join(names)}, int64 [batch, length]; the tokenizer is in {args.adapter}.",
         f"Output: logits [batch, {len(classifier.labels)}], in the order of the file's labels "
         f"({', '.join(map(str, classifier.labels[:5]))}{', ...' * (len(classifier.labels) > 5)}).",
     ]
 
 
-def _length(classifier: Classifier) -> int:
-    return classifier.formulation.max_length
+def _check_room(model: nn.Module, target: Path) -> None:
+    """(PyTorch says of a full disk only that it failed to write.)"""
+    need = sum(p.numel() * p.element_size() for p in model.parameters())
+    free = shutil.disk_usage(target.resolve().parent).free
+    if free < need:
+        raise ValueError(
+            f"There are {free / 1e6:.1f} MB free where `--output_file` {target} would be, expected "
+            f"{need / 1e6:.1f} MB for the weights; make room, or name another place."
+        )
 
 
 def _batch(classifier: Classifier, words: tuple[int, ...]) -> dict[str, Tensor]:
     """Texts of so many words, as the tokenizer gives them to the model."""
-    most = _length(classifier)
-    texts = [" ".join(_WORDS[:count]) for count in words]
+    texts = [" ".join(_TEXT.split()[:count]) for count in words]
     pairs = [texts[::-1]] if len(classifier.formulation.text_columns) == 2 else []
-    how = {"padding": True, "truncation": True, "max_length": most, "return_tensors": "pt"}
-    found = classifier.tokenizer(texts, *pairs, **how)
+    how = {"padding": True, "truncation": True, "return_tensors": "pt"}
+    most = classifier.formulation.max_length
+    found = classifier.tokenizer(texts, *pairs, max_length=most, **how)
     known = ("input_ids", "attention_mask", "token_type_ids")
     return {name: found[name] for name in known if name in found}
 
 
 def _traced(logits: nn.Module, batch: dict[str, Tensor]):
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    try:
-        return torch.export.export(
-            logits, tuple(batch.values()), dynamic_shapes=((free,) * len(batch),), strict=False
-        )
-    except Exception as error:  # PyTorch's own has no base class
-        raise ValueError(_could_not(logits.model, error)) from None
+    return torch.export.export(
+        logits, tuple(batch.values()), dynamic_shapes=((free,) * len(batch),), strict=False
+    )
 
 
 def _could_not(model: nn.Module, error: Exception) -> str:
@@ -147,26 +148,22 @@ def _could_not(model: nn.Module, error: Exception) -> str:
     )
 
 
-def _write_torch(program, batch, names, about: dict, path: Path) -> Callable[[dict], Tensor]:
+def _write_torch(program, about: dict, path: Path) -> Callable[[dict], Tensor]:
     torch.export.save(program, path, extra_files={"lpt_fast.json": json.dumps(about)})
     module = torch.export.load(path).module()
     return lambda batch: module(*batch.values())
 
 
-def _write_onnx(program, batch, names, about: dict, path: Path) -> Callable[[dict], Tensor]:
+def _write_onnx(program, about: dict, path: Path) -> Callable[[dict], Tensor]:
     import onnxruntime
 
-    try:
-        made = torch.onnx.export(
-            program, (), input_names=names, output_names=["logits"], dynamo=True, verbose=False
-        )
-        inputs = made.model.graph.inputs
-        made.rename_axes({inputs[0].shape[0]: "batch", inputs[0].shape[1]: "length"})
-        made.model.metadata_props["lpt_fast"] = json.dumps(about)
-        made.save(path)
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    except Exception as error:  # of three packages
-        raise ValueError(_could_not(program, error)) from None
+    how = {"input_names": about["inputs"], "output_names": ["logits"]}
+    made = torch.onnx.export(program, (), dynamo=True, verbose=False, **how)
+    batch, length = made.model.graph.inputs[0].shape
+    made.rename_axes({batch: "batch", length: "length"})
+    made.model.metadata_props["lpt_fast"] = json.dumps(about)
+    made.save(path)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda batch: torch.from_numpy(
         session.run(None, {name: x.numpy() for name, x in batch.items()})[0]
     )

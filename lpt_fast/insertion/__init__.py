@@ -2,6 +2,7 @@
 
 api.py            what callers use, on checked arguments
 reference.py      the same in plain PyTorch: the oracle of every fast way, to the formula
+exportable.py     the prompts in operations that torch.export and ONNX know
 ops.py            registration with PyTorch (autograd, torch.compile) of the kernels in lpt_kernels
 checks.py         what is refused at the door
 padded_layout.py  where rows of a padded batch are, masks with holes included

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from lpt_fast.cli import export as export_module
 from lpt_fast.cli.inference import Classifier
 from lpt_fast.cli.main import app
+from tests.small_disk import mounted, stuff
 
 TEXTS = ["a lovely film", "bad", "the plot was dull and what I saw was not good at all"]
 ONNX = pytest.mark.skipif(
@@ -87,6 +88,17 @@ def test_onnx(adapter):
         feed = {i.name: inputs[i.name].numpy() for i in session.get_inputs()}
         got = torch.from_numpy(session.run(["logits"], feed)[0])
         torch.testing.assert_close(got, expected(adapter, inputs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_full_disk(adapter, tmp_path):
+    with mounted(tmp_path / "disk", 1 << 20) as disk:
+        stuff(disk, leave=8192)
+        before = sorted(disk.iterdir())
+        file = disk / "m.pt2"
+        said = refused("--adapter", adapter, "--format", "torch", "--output_file", file)
+        assert "MB free where" in said and "make room" in said
+        assert sorted(disk.iterdir()) == before
 
 
 @pytest.mark.slow
