@@ -83,7 +83,11 @@ class TrainArguments(DataArguments):
     insertion_layer: int | None = _option(
         None, "k: frozen layers before the prompt. Default: half.", "Prompt"
     )
-    generator: str = _option("npg", "static, npg, appg, mppg, attention or residual.", "Prompt")
+    generator: str = _option(
+        "npg",
+        "static, npg, appg, mppg, attention or residual; none: no prompt, --lora_r alone.",
+        "Prompt",
+    )
     num_virtual_tokens: int = _option(5, "m: prompt rows of an example.", "Prompt")
     bottleneck_size: int = _option(128, "r: width of the generator's bottleneck.", "Prompt")
     prompt_dropout: float | None = _option(
@@ -91,6 +95,28 @@ class TrainArguments(DataArguments):
     )
     upper_dropout: bool = _option(
         False, "Keep dropout in the frozen layers above the insertion.", "Prompt"
+    )
+
+    lora_r: int | None = _option(
+        None,
+        "Rank of low-rank updates of the linear layers above the prompt (late LoRA). Default: "
+        "none; --method lora, in all layers: 8.",
+        "LoRA",
+    )
+    lora_alpha: float | None = _option(
+        None, "Updates are scaled by alpha / r. Default: twice the rank.", "LoRA"
+    )
+    lora_dropout: float | None = _option(
+        None, "Dropout before them. Default: 0; --method lora: 0.1.", "LoRA"
+    )
+    lora_target_modules: str | None = _option(
+        None,
+        "Names of linear layers with commas between, or all-linear. Default: PEFT's for the model, "
+        "such as query,value.",
+        "LoRA",
+    )
+    lora_learning_rate: float | None = _option(
+        None, "Peak learning rate of late LoRA. Default: --learning_rate.", "LoRA"
     )
 
     task: str | None = _path(
@@ -198,6 +224,13 @@ class TrainArguments(DataArguments):
                 raise ValueError(
                     f"`--{name}` goes with --method lpt, got {value!r} with --method "
                     f"{self.method}, which has no late prompt; leave it out."
+                )
+        for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
+            value = getattr(self, name)
+            if value is not None and self.method not in ("lpt", "lora"):
+                raise ValueError(
+                    f"`--{name}` goes with --method lpt or lora, got {value!r} with --method "
+                    f"{self.method}; leave it out."
                 )
         if self.formulation == "cloze" and self.method != "lpt":
             raise ValueError(

@@ -90,6 +90,13 @@ def build_model(args: TrainArguments, data: Data, tokenizer) -> tuple[nn.Module,
     return _adapt(model, args, task_type), formulation
 
 
+def lora_targets(names: str | None) -> str | list[str] | None:
+    """`--lora_target_modules` as PEFT takes them."""
+    if names is None or names == "all-linear":
+        return names
+    return [name.strip() for name in names.split(",")]
+
+
 def _adapt(model: nn.Module, args: TrainArguments, task_type) -> nn.Module:
     if args.method == "lpt":
         config = LPTConfig(
@@ -116,7 +123,14 @@ def _adapt(model: nn.Module, args: TrainArguments, task_type) -> nn.Module:
             model.get_submodule(head).requires_grad_(True)
         return model
     if args.method == "lora":
-        config = LoraConfig(task_type=task_type, r=8, lora_alpha=16, lora_dropout=0.1)
+        r = 8 if args.lora_r is None else args.lora_r
+        config = LoraConfig(
+            task_type=task_type,
+            r=r,
+            lora_alpha=2 * r if args.lora_alpha is None else args.lora_alpha,
+            lora_dropout=0.1 if args.lora_dropout is None else args.lora_dropout,
+            target_modules=lora_targets(args.lora_target_modules),
+        )
     else:
         config = PromptTuningConfig(task_type=task_type, num_virtual_tokens=PROMPT_TUNING_TOKENS)
     config.modules_to_save = heads
