@@ -13,6 +13,7 @@ from .arguments import given_cache, set_cache
 from .cache_view import CacheView
 from .copies import cut_copy, set_submodule, shallow_copy
 from .families import Family, get_layers
+from .low_rank import LowRank, with_updates
 
 
 def _checkpointed(layer: nn.Module) -> nn.Module:
@@ -44,7 +45,13 @@ def _with_position_bias(layer: nn.Module, first: nn.Module) -> nn.Module:
     return clone
 
 
-def build_upper(backbone: nn.Module, family: Family, k: int, training: bool) -> nn.Module:
+def build_upper(
+    backbone: nn.Module,
+    family: Family,
+    k: int,
+    training: bool,
+    updates: dict[int, dict[str, LowRank]] | None = None,
+) -> nn.Module:
     """A copy of `backbone` (same weights) that starts at layer k+1 and takes `inputs_embeds` as its
     input.
 
@@ -53,9 +60,12 @@ def build_upper(backbone: nn.Module, family: Family, k: int, training: bool) -> 
         family: its line of the table.
         k: the insertion layer.
         training: whether the model trains (gradient checkpointing asks for it).
+        updates: low-rank updates by the number of their layer, counted from 0 (low_rank.py).
     """
     layers = list(get_layers(backbone, family))
     above = layers[k:]
+    for number, own in (updates or {}).items():
+        above[number - k] = with_updates(above[number - k], own)
     if family.bias_owner:
         above[0] = _with_position_bias(above[0], layers[0])
     if training:
@@ -89,6 +99,7 @@ def run_upper(
     training: bool,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
+    updates: dict[int, dict[str, LowRank]] | None = None,
     **kwargs,
 ):
     """Layers k+1..L over rows [B, S', D] that hold the prompt already.
@@ -100,12 +111,13 @@ def run_upper(
         training: whether the model trains.
         attention_mask: [B, T + m] over everything attended to, or None for all.
         position_ids: [B, S'] or None.
+        updates: as of `build_upper`.
         kwargs: for the backbone's own forward, the whole model's KV cache among them.
 
     Returns:
         The backbone's usual output; its rows still hold the prompt.
     """
-    upper = build_upper(backbone, family, k, training)
+    upper = build_upper(backbone, family, k, training, updates)
     if family.takes_positions:
         kwargs["position_ids"] = position_ids
     cache = given_cache(kwargs)

@@ -57,7 +57,7 @@ def enter(late, batch: PackedBatch, args: tuple, kwargs: dict) -> tuple[PackedBa
         }
     _check_call(late, kwargs)
     _check_batch(late, batch)
-    device = next(late.lpt_generator[late.active_adapters[0]].parameters()).device
+    device = late.adapter_device(late.active_adapters[0])
     batch = batch.to(device, non_blocking=True)
     if head_reads(late.root) == "first":
         # (The first entry of cu_seqlens is a zero that is there: nothing has to be launched.)

@@ -10,7 +10,8 @@ from peft.config import PeftConfig
 
 from .register import register
 
-GENERATORS = ("static", "npg", "appg", "mppg", "attention", "residual")
+NO_PROMPT = "none"  # late LoRA alone
+GENERATORS = ("static", "npg", "appg", "mppg", "attention", "residual", NO_PROMPT)
 UPPER = ("auto", "packed", "padded")
 PREFIX = "lpt_"
 
@@ -45,6 +46,10 @@ def _whole(name: str, value: object, low: int, why: str = "") -> None:
         raise ValueError(f"`{name}` must be a whole number of at least {low}{why}, got {value!r}.")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def check_upper(value: object) -> None:
     """Raises ValueError unless `value` is a way to run the layers above the insertion."""
     if value not in UPPER:
@@ -60,10 +65,14 @@ class LPTConfig(PeftConfig):
     `num_virtual_tokens` prompt rows from the output of layer k. They are put before the first
     token, flow through the layers k+1..L and are removed after the last one.
 
+    With `lora_r` the linear layers above the insertion learn low-rank updates together with the
+    prompt, or alone (`generator="none"`): late LoRA. What lies at and below k stays as it is.
+
     `get_peft_model` and `add_adapter` fill in place what depends on the model: insertion_layer,
-    target_modules, num_labels, id2label, modules_to_save. The object may serve several models: each
-    is filled from what you gave, and where that differs, the later model works on a copy of its own
-    (`model.peft_config[name]`). Changes after that change no adapter, only what is saved.
+    target_modules, lora_target_modules, num_labels, id2label, modules_to_save. The object may serve
+    several models: each is filled from what you gave, and where that differs, the later model works
+    on a copy of its own (`model.peft_config[name]`). Changes after that change no adapter, only
+    what is saved.
 
     Raises:
         ValueError: for a value that cannot work; the message names the field, what it got and what
@@ -88,7 +97,7 @@ class LPTConfig(PeftConfig):
             "for all), 'npg' (from the first token, in decoders the last context token), 'appg' / "
             "'mppg' (adaptive average / maximum pooling over the tokens), 'attention' (learned "
             "queries attend over the tokens), 'residual' (a learned prompt with bottleneck "
-            "branches; fold() makes it static)."
+            "branches; fold() makes it static), 'none' (no prompt: late LoRA alone)."
         },
     )
     bottleneck_size: int = field(
@@ -108,6 +117,28 @@ class LPTConfig(PeftConfig):
             "help": "Whether the frozen layers above the insertion keep their dropout in training. "
             "Layers at and below it never do. Off is the default because it is as good or better "
             "where it was measured (bench/results)."
+        },
+    )
+    lora_r: int | None = field(
+        default=None,
+        metadata={
+            "help": "Late LoRA: rank of updates B A of linear layers above the insertion (PEFT's "
+            "`r`). Default: none, the paper's method."
+        },
+    )
+    lora_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Updates are scaled by lora_alpha / lora_r. Default: twice the rank."},
+    )
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout on what the updates read, in training."}
+    )
+    lora_target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Which linear layers above the insertion, as PEFT's `target_modules`: endings "
+            "of names, a regular expression for whole names, or 'all-linear'. Default: PEFT's for "
+            "the model, queries and values of most."
         },
     )
     upper: str = field(
@@ -162,12 +193,21 @@ class LPTConfig(PeftConfig):
         self.target_modules = None
         if self.insertion_layer is not None:
             _whole("insertion_layer", self.insertion_layer, 1, " and below the number of layers")
-        _whole("num_virtual_tokens", self.num_virtual_tokens, 1)
-        _whole("bottleneck_size", self.bottleneck_size, 1)
         if self.generator not in GENERATORS:
             raise ValueError(
                 f"`generator` must be one of {', '.join(GENERATORS)}, got {self.generator!r}."
             )
+        self._check_lora()
+        if self.generator == NO_PROMPT:
+            self.num_virtual_tokens = 0
+        else:
+            _whole(
+                "num_virtual_tokens",
+                self.num_virtual_tokens,
+                1,
+                f" (generator={NO_PROMPT!r} makes no prompt)",
+            )
+        _whole("bottleneck_size", self.bottleneck_size, 1)
         if self.prompt_dropout is not None and not (
             isinstance(self.prompt_dropout, int | float) and 0 <= self.prompt_dropout < 1
         ):
@@ -197,6 +237,37 @@ class LPTConfig(PeftConfig):
         if isinstance(self.modules_to_save, str):
             raise ValueError(
                 f"`modules_to_save` must be a list of names, got {self.modules_to_save!r}."
+            )
+
+    def _check_lora(self) -> None:
+        r, alpha, wanted = self.lora_r, self.lora_alpha, self.lora_target_modules
+        if r is None:
+            if self.generator == NO_PROMPT:
+                raise ValueError(
+                    f"`generator` is {NO_PROMPT!r} and `lora_r` None, expected something to train: "
+                    "give a rank (lora_r=8), or another generator."
+                )
+            given = {"lora_alpha": alpha, "lora_target_modules": wanted}
+            given["lora_dropout"] = self.lora_dropout or None
+            for name, value in given.items():
+                if value is not None:
+                    raise ValueError(
+                        f"`{name}` is {value!r} and `lora_r` None, which is no late LoRA: give a "
+                        f"rank (lora_r=8), or leave `{name}` out."
+                    )
+            return
+        _whole("lora_r", r, 1, ", or None for no late LoRA")
+        if alpha is not None and not (_is_number(alpha) and 0 < alpha < float("inf")):
+            raise ValueError(f"`lora_alpha` must be a number above 0 or None, got {alpha!r}.")
+        if not (_is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1):
+            raise ValueError(f"`lora_dropout` must be in [0, 1), got {self.lora_dropout!r}.")
+        if isinstance(wanted, set | tuple):
+            self.lora_target_modules = wanted = sorted(wanted)
+        names = isinstance(wanted, list) and all(isinstance(n, str) and n for n in wanted)
+        if wanted is not None and not (wanted and (names or isinstance(wanted, str))):
+            raise ValueError(
+                "`lora_target_modules` must be names of linear layers, a regular expression or "
+                f"'all-linear', got {wanted!r}."
             )
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:

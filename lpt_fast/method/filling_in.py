@@ -11,7 +11,14 @@ from collections.abc import Callable
 
 from .config import LPTConfig
 
-FIELDS = ("insertion_layer", "target_modules", "num_labels", "id2label", "modules_to_save")
+FIELDS = (
+    "insertion_layer",
+    "target_modules",
+    "lora_target_modules",
+    "num_labels",
+    "id2label",
+    "modules_to_save",
+)
 # An attribute of the config: field -> (what the user gave, what a model filled in). It is no field
 # of the dataclass, so it is not saved.
 _FILLED = "_filled"

@@ -234,6 +234,23 @@ class ResidualGenerator(PromptGenerator):
         return static.train(self.training)
 
 
+class NoPrompt(PromptGenerator):
+    """No prompt (m = 0): late LoRA alone."""
+
+    kind = "static"
+
+    def __init__(self, hidden_size, num_virtual_tokens, bottleneck_size, dropout, causal):
+        super().__init__(hidden_size, num_virtual_tokens, dropout, causal)
+
+    def fill(self, buffer, cu_seqlens, context, padded):
+        """The rows as they are."""
+        return buffer
+
+    def forward(self, hidden, attention_mask, context_mask=None):
+        """The hidden states as they are."""
+        return hidden
+
+
 _CLASSES = dict(
     zip(
         GENERATORS,
@@ -244,6 +261,7 @@ _CLASSES = dict(
             MPPGenerator,
             AttentionGenerator,
             ResidualGenerator,
+            NoPrompt,
         ),
         strict=True,
     )

@@ -14,6 +14,7 @@ from torch import nn
 from ..backbone.arguments import TEXT, cache_name, check_known
 from ..backbone.copies import LATE_PROMPT
 from ..backbone.families import Family, get_layers, is_language_model
+from ..backbone.low_rank import LowRank, LowRankUpdates, find_targets, merged_weight
 from ..backbone.lower import run_lower
 from ..backbone.watch import Modes, Watch
 from . import cached_call as cached
@@ -43,12 +44,14 @@ class LatePrompt(nn.Module, BaseTunerLayer):
             before them.
     """
 
-    adapter_layer_names = ("lpt_generator",)
+    adapter_layer_names = ("lpt_generator", "lpt_lora")
     other_param_names = ("lpt_config",)
 
     def __init__(self, root: nn.Module, backbone: nn.Module, family: Family, causal_lm: bool):
         super().__init__()
         self.lpt_generator = nn.ModuleDict()
+        # Late LoRA of those adapters that have it.
+        self.lpt_lora = nn.ModuleDict()
         self.lpt_config: dict[str, LPTConfig] = {}
         self.family = family
         self.causal_lm = causal_lm
@@ -122,18 +125,66 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         if dropout is None:
             dropout = family.default_dropout(backbone.config)
         generator = build_generator(config, backbone.config.hidden_size, dropout, family.causal)
+        parts = {self.lpt_generator: generator}
+        if config.lora_r is not None:
+            parts[self.lpt_lora] = self._build_lora(config)
         weight = next(get_layers(backbone, family)[config.insertion_layer - 1].parameters())
-        on_meta = any(p.is_meta for p in generator.parameters())
-        if not on_meta and not weight.is_meta:
-            generator.to(weight.device)
-        if weight.is_floating_point():
-            generator.to(weight.dtype)
-        self.lpt_generator[adapter_name] = generator
+        on_meta = False
+        for adapters, part in parts.items():
+            part_on_meta = any(p.is_meta for p in part.parameters())
+            if not part_on_meta and not weight.is_meta:
+                part.to(weight.device)
+            if weight.is_floating_point():
+                part.to(weight.dtype)
+            adapters[adapter_name] = part
+            part.train(self.training)
+            on_meta |= part_on_meta
         # A copy: who goes on to use the object for another adapter does not change this one.
         self.lpt_config[adapter_name] = copy.deepcopy(config)
         if config.init_from_vocab and not on_meta and not inference_mode:
             self._init_from_vocab(generator, config)
-        generator.train(self.training)
+
+    def _build_lora(self, config: LPTConfig) -> LowRankUpdates:
+        targets = self.lora_targets(config)
+        alpha = 2 * config.lora_r if config.lora_alpha is None else config.lora_alpha
+        return LowRankUpdates(targets, config.lora_r, alpha, config.lora_dropout)
+
+    def lora_targets(self, config: LPTConfig) -> list[tuple[int, str, nn.Module]]:
+        """The layers that late LoRA updates, as of `find_targets`."""
+        name = next(n for n, module in self.root.named_modules() if module is self.backbone)
+        k, wanted = config.insertion_layer, config.lora_target_modules
+        return find_targets(name, self.backbone, self.family, k, wanted)
+
+    def freeze(self, adapter_name: str) -> None:
+        """Of an adapter nothing trains."""
+        for adapters in (self.lpt_generator, self.lpt_lora):
+            if adapter_name in adapters:
+                adapters[adapter_name].requires_grad_(False)
+
+    def merge_lora(self, adapter_name: str, safe: bool) -> None:
+        """Adds an adapter's late LoRA to the frozen weights: to all or, where one cannot take it
+        (ValueError of `merged_weight`), to none.
+        """
+        updates = self.updates(adapter_name)
+        targets = self.lora_targets(self.lpt_config[adapter_name])
+        merged = [merged_weight(m, updates[layer][name], safe) for layer, name, m in targets]
+        with torch.no_grad():
+            for (*_, module), weight in zip(targets, merged, strict=True):
+                module.weight.copy_(weight)
+
+    def updates(self, adapter_name: str) -> dict[int, dict[str, LowRank]]:
+        """The adapter's late LoRA, by the number of the layer (from 0) and the name in it."""
+        if adapter_name not in self.lpt_lora:
+            return {}
+        return self.lpt_lora[adapter_name].by_layer()
+
+    def adapter_device(self, adapter_name: str) -> torch.device:
+        """Where the adapter's parameters are."""
+        for adapters in (self.lpt_generator, self.lpt_lora):
+            if adapter_name in adapters:
+                for p in adapters[adapter_name].parameters():
+                    return p.device
+        return next(self.backbone.parameters()).device
 
     @torch.no_grad()
     def _init_from_vocab(self, generator: PromptGenerator, config: LPTConfig) -> None:
@@ -181,9 +232,10 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         """After loading with low_cpu_mem_usage: to the device of the backbone; the dtype is the
         adapter's own.
         """
-        if adapter_name in self.lpt_generator:
-            target = device or next(self.backbone.parameters()).device
-            self.lpt_generator[adapter_name].to(target)
+        target = device or next(self.backbone.parameters()).device
+        for adapters in (self.lpt_generator, self.lpt_lora):
+            if adapter_name in adapters:
+                adapters[adapter_name].to(target)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raises ValueError: there is nothing to merge into."""
@@ -361,5 +413,6 @@ class LatePrompt(nn.Module, BaseTunerLayer):
 
 NO_MERGE = (
     "A late prompt depends on the input and cannot be merged into the weights. Keep the adapter "
-    "(save_pretrained), or call unload() for the base model without it."
+    "(save_pretrained), or call unload() for the base model without it. (Late LoRA without a "
+    "prompt, generator='none', can: merge_and_unload().)"
 )

@@ -22,7 +22,7 @@ from ..backbone.arguments import given_cache, set_cache
 from ..backbone.lower import run_lower
 from ..packed.held import HeldRows
 from ..packed.plan import Plan
-from ..packed.stack import run_packed, why_padded
+from ..packed.stack import first_updated, run_packed, why_padded
 from ..packing import PackedBatch
 from .cached_call import layer_dtype, outputs_asked
 from .context import Call, attended
@@ -184,9 +184,11 @@ def forward_packed(late, call: Call, rows: Rows, ids: Tensor | None):
         out = late.graphs.run(rows, end, reads is not None, place)
     if out is None:
         context = None if end is None else torch.stack((torch.zeros_like(end), end), 1)
-        held = None
-        if rows.held is not None and rows.held.fits(rows.buffer, plan.m):
-            held = rows.held.take(plan)
+        held, updates = None, late.updates(name)
+        if rows.held is not None:
+            updated = first_updated(backbone, family, config.insertion_layer, updates)
+            if rows.held.fits(rows.buffer, plan.m, updated):
+                held = rows.held.take(plan)
         out = run_packed(
             backbone,
             family,
@@ -197,6 +199,7 @@ def forward_packed(late, call: Call, rows: Rows, ids: Tensor | None):
             readout=reads is not None,
             place=place,
             held=held,
+            updates=updates,
         )
     if reads is None:
         last = rows.padded(out)

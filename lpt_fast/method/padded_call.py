@@ -70,6 +70,7 @@ def run_padded(late, call: Call, inputs: dict, kwargs: dict, wanted):
         rows,
         layout,
         training=late.training,
+        updates=late.updates(late.active_adapters[0]),
         attention_mask=layout.extend_mask(mask),
         position_ids=positions,
         **kwargs,

@@ -29,9 +29,11 @@ from ..backbone.families import (
     head_modules,
     is_causal_lm,
 )
+from ..backbone.low_rank import default_targets, find_targets
 from .all_arguments import hand_on_all
-from .config import LPT, PREFIX, LPTConfig
+from .config import LPT, NO_PROMPT, PREFIX, LPTConfig
 from .filling_in import fill_in
+from .labels import set_labels
 from .late_prompt import NO_MERGE, LatePrompt
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -80,6 +82,8 @@ class LPTModel(BaseTuner):
             )
         layers = f"{name}.{family.layers}" if name else family.layers
         peft_config.target_modules = {f"{layers}.{k}"}
+        if peft_config.lora_r is not None:
+            self._choose_lora_targets(peft_config, name, backbone, family)
         heads = head_modules(self.model, name, backbone, family)
         if heads:
             self._take_labels(peft_config)
@@ -87,6 +91,21 @@ class LPTModel(BaseTuner):
                 chosen = list(peft_config.modules_to_save or [])
                 peft_config.modules_to_save = [*chosen, *(h for h in heads if h not in chosen)]
         self._check_trainable(peft_config, backbone, family)
+
+    def _choose_lora_targets(
+        self, peft_config: LPTConfig, name: str, backbone: nn.Module, family: Family
+    ) -> None:
+        """What late LoRA updates where the user has not said it; checks what was said."""
+        if peft_config.lora_target_modules is None:
+            model_type = getattr(backbone.config, "model_type", "")
+            peft_config.lora_target_modules = default_targets(model_type)
+            if peft_config.lora_target_modules is None:
+                raise ValueError(
+                    f"`lora_target_modules` is None and PEFT names none for {model_type!r}, "
+                    "expected names of linear layers; give them, or 'all-linear'."
+                )
+        k = peft_config.insertion_layer
+        find_targets(name, backbone, family, k, peft_config.lora_target_modules)
 
     def _check_trainable(self, peft_config: LPTConfig, backbone: nn.Module, family: Family) -> None:
         """Refuses modules_to_save at or below the insertion, which no gradient ever reaches."""
@@ -147,7 +166,7 @@ class LPTModel(BaseTuner):
         late.add_generator(adapter_name, peft_config, peft_config.inference_mode)
         if adapter_name not in self.active_adapters:
             # PEFT adds adapters switched off; nn.Parameter is born trainable.
-            late.lpt_generator[adapter_name].requires_grad_(False)
+            late.freeze(adapter_name)
 
     def inject_adapter(
         self,
@@ -229,7 +248,10 @@ class LPTModel(BaseTuner):
     # -- what does not work with late prompts ------------------------------------------------------
 
     def _check_merge_allowed(self) -> None:
-        raise ValueError(NO_MERGE)
+        late = self._late_prompt()
+        config = None if late is None else late.active_config
+        if config is None or config.generator != NO_PROMPT:
+            raise ValueError(NO_MERGE)
 
     def unmerge_adapter(self) -> None:
         """Raises ValueError: nothing was merged."""
@@ -259,19 +281,37 @@ class LPTModel(BaseTuner):
     def _unload_and_optionally_merge(
         self, merge=True, progressbar=False, safe_merge=False, adapter_names=None
     ) -> nn.Module:
+        late = self._late_prompt()
         if merge:
             self._check_merge_allowed()
-        late = self._late_prompt()
+            merged = self._check_merged_names(late, adapter_names)
+            late.merge_lora(merged, safe_merge)
         if late is not None:
             late.detach()
+        if merge and late.lpt_config[merged].num_labels:
+            config = late.lpt_config[merged]
+            set_labels(self.model, (config.num_labels, config.id2label))
         for name, module in list(self.model.named_modules()):
             if isinstance(module, ModulesToSaveWrapper):
                 # PEFT would leave the trained head behind. Without the prompt it is worth nothing,
-                # so the base model gets back its own.
-                self.model.set_submodule(name, module.original_module)
+                # so the base model gets back its own; with merged weights it belongs to them.
+                own = module.original_module
+                if merge and merged in module.modules_to_save:
+                    own = module.modules_to_save[merged]
+                self.model.set_submodule(name, own)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
+
+    @staticmethod
+    def _check_merged_names(late: LatePrompt, names: list[str] | None) -> str:
+        active = late.active_adapters[0]
+        if names is not None and list(names) != [active]:
+            raise ValueError(
+                f"merge got adapter_names={names}, expected the active adapter alone ({active!r}): "
+                "each has a head of its own. Call set_adapter() first."
+            )
+        return active
 
     def fold_adapter(self, adapter_name: str = "default") -> None:
         """Turns a trained `residual` adapter into the `static` one that gives the same prompt.
@@ -305,12 +345,14 @@ class LPTModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """`...lpt_generator.<adapter>.proj_down.weight` -> `...lpt_generator.proj_down.weight`.
+        """`...lpt_generator.<adapter>.proj_down.weight` -> `...lpt_generator.proj_down.weight`, and
+        the same of `lpt_lora`.
 
-        PEFT's own rule takes the name from the second to last place of the key; a generator is a
-        module with parameters deeper than that.
+        PEFT's own rule takes the name from the second to last place of the key; these are modules
+        with parameters deeper than that.
         """
-        return re.sub(rf"(\.{PREFIX}generator)\.{re.escape(adapter_name)}\.", r"\1.", key, count=1)
+        place = rf"(\.{PREFIX}(?:generator|lora))\.{re.escape(adapter_name)}\."
+        return re.sub(place, r"\1.", key, count=1)
 
 
 def _cast_to_head(module: nn.Module, args: tuple) -> tuple:

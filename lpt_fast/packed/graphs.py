@@ -105,6 +105,8 @@ class UpperRows(nn.Module):
         self._late = [late]
         self.bucket = bucket
         self.generator = late.lpt_generator[bucket.adapter]
+        # (A child, so that a pass may put others in the place of its parameters.)
+        self.lora = late.lpt_lora[bucket.adapter] if bucket.adapter in late.lpt_lora else None  # noqa: SIM401
 
     def forward(self, buffer, cu_seqlens, context_ends, positions, place) -> Tensor:
         """As `forward_packed` in packed_call.py, with filler texts behind the batch.
@@ -149,6 +151,7 @@ class UpperRows(nn.Module):
                 positions=positions,
                 readout=bucket.readout,
                 place=place,
+                updates=None if self.lora is None else self.lora.by_layer(),
             )
 
 
@@ -179,9 +182,12 @@ class _Model:
         return get_layers(late.backbone, late.family)[-1]
 
     def _version(self, late, name: str) -> tuple:
-        generator = late.lpt_generator[name]
-        own = [(p.data_ptr(), p.requires_grad) for p in generator.parameters()]
+        generator, lora = late.lpt_generator[name], late.updates(name)
+        low = [update for layer in lora.values() for update in layer.values()]
+        parts = [generator, *low]
+        own = [(p.data_ptr(), p.requires_grad) for part in parts for p in part.parameters()]
         kind = (id(generator), generator.training, generator.dropout.p)
+        kind += tuple((id(u), u.scaling, u.drops, u.lora_dropout.p) for u in low)
         return (*kind, *own, *(p.data_ptr() for p in self._frozen))
 
     def same(self, late, name: str) -> bool:
@@ -248,8 +254,12 @@ class UpperGraphs:
         late = self._late
         if self._broken or not (late.training and torch.is_grad_enabled()) or self._in_use():
             return None
-        generator = late.lpt_generator[late.active_adapters[0]]
-        trained = {n: p for n, p in generator.named_parameters("generator") if p.requires_grad}
+        name = late.active_adapters[0]
+        generator = late.lpt_generator[name]
+        own = dict(generator.named_parameters("generator"))
+        if name in late.lpt_lora:
+            own |= dict(late.lpt_lora[name].named_parameters("lora"))
+        trained = {n: p for n, p in own.items() if p.requires_grad}
         if generator.reads_states or not trained:
             return None
         model, casts = self._model(), autocast_dtype(rows.buffer)

@@ -27,9 +27,11 @@ class HeldRows:
     begins: Tensor
     kind: tuple
 
-    def fits(self, rows: Tensor, m: int) -> bool:
-        """Whether layer k+1 would make the same of these rows [N, D], with m prompt rows a text."""
-        return self.kind == kind_of(rows, m)
+    def fits(self, rows: Tensor, m: int, updated: bool = False) -> bool:
+        """Whether layer k+1 would make the same of these rows [N, D], with m prompt rows a text;
+        `updated`: where updates change what it makes (`first_updated`).
+        """
+        return self.kind == kind_of(rows, m, updated)
 
     def take(self, plan: Plan) -> list[Tensor]:
         """[N, ...] each, in fresh memory; at prompt rows anything."""
@@ -39,6 +41,8 @@ class HeldRows:
         return [table.index_select(0, index) for table in self.tables]
 
 
-def kind_of(rows: Tensor, m: int) -> tuple:
-    """Rotary positions of a text are moved up by its prompt, so m counts too."""
-    return rows.device, rows.dtype, autocast_dtype(rows), m
+def kind_of(rows: Tensor, m: int, updated: bool = False) -> tuple:
+    """Rotary positions of a text are moved up by its prompt, so m counts too; with updates, what is
+    held are the frozen products before them.
+    """
+    return rows.device, rows.dtype, autocast_dtype(rows), m, updated

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .attention import autocast_dtype, to_heads, without_autocast
+from .low_rank import Part, add_by_heads
 from .plan import Group, Plan
 
 
@@ -114,6 +115,8 @@ def attend_one_absorbed(
     scale: float,
     causal: bool,
     place: Tensor | None,
+    key_part: Part | None = None,
+    value_part: Part | None = None,
 ) -> Tensor:
     """Attention of one row of each text, without keys and values.
 
@@ -127,6 +130,7 @@ def attend_one_absorbed(
         x_places: [places, D], what keys and values would be made of, at padded places (`pick`).
         w_k, w_v: [H d, D]; b_v: [H d] or None.
         plan, heads, scale, causal, place: as for `attend_one`.
+        key_part, value_part: updates of W_k and W_v, without dropout.
 
     Returns:
         [B, H d].
@@ -136,20 +140,37 @@ def attend_one_absorbed(
     q = _in_groups(q, plan).to(dtype).view(plan.texts, heads, -1)
     w_k, w_v = (w.to(dtype).view(heads, -1, D) for w in (w_k, w_v))
     seen = _in_groups(place + 1 + plan.m, plan) if causal else None
-    values = _Absorbed.apply(q, x_places.to(dtype), w_k, w_v, plan, scale, seen)
+    with without_autocast(q):
+        u = add_by_heads(_ByHeads.apply(q, w_k), q, key_part, transposed=True)  # [B, H, D]
+        pooled = _Absorbed.apply(u, x_places.to(dtype), plan, scale, seen)
+        values = add_by_heads(_ByHeads.apply(pooled, w_v.transpose(1, 2)), pooled, value_part)
     values = _in_batch([values.flatten(1)], plan)
     return values if b_v is None else values + b_v
 
 
+class _ByHeads(torch.autograd.Function):
+    """`_by_heads` with frozen matrices."""
+
+    @staticmethod
+    def forward(ctx, x, weights):
+        ctx.save_for_backward(weights)
+        return _by_heads(x, weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _by_heads(grad, ctx.saved_tensors[0].transpose(1, 2)), None
+
+
 class _Absorbed(torch.autograd.Function):
-    """`attend_one_absorbed` for queries [B, H, d] in the order of the groups; weights [H, d, D].
-    Products write where the next step wants them: no copies and no sums of gradients.
+    """sum_j softmax_j(scale u x_j) x_j for u [B, H, D] in the order of the groups: what `q W_k`
+    sees of the rows of its text. Products write where the next step wants them: no copies and no
+    sums of gradients.
     """
 
     @staticmethod
-    def forward(ctx, q, x, w_k, w_v, plan, scale, seen):
-        with without_autocast(q):
-            u = _by_heads(q, w_k)  # [B, H, D]
+    def forward(ctx, u, x, plan, scale, seen):
+        with without_autocast(u):
             pooled, chances = torch.empty_like(u), []
             for group, rows in _rows_of(x, plan):
                 own = group.numbers
@@ -158,25 +179,26 @@ class _Absorbed(torch.autograd.Function):
                 p = _softmax(scores, plan, group, None if seen is None else seen[own])
                 torch.bmm(p, rows, out=pooled[own])
                 chances.append(p)
-            ctx.save_for_backward(x, u, w_k, w_v, *chances)
+            ctx.save_for_backward(x, u, *chances)
             ctx.plan, ctx.scale = plan, scale
-            return _by_heads(pooled, w_v.transpose(1, 2))
+            return pooled
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        x, u, w_k, w_v, *chances = ctx.saved_tensors
-        d_pooled = _by_heads(grad, w_v)
+    def backward(ctx, d_pooled):
+        x, u, *chances = ctx.saved_tensors
         dx, du = torch.empty_like(x), torch.empty_like(u)
+        wanted = ctx.needs_input_grad[1]  # (Not by the rows of a cache, where no prompt is.)
         parts = zip(_rows_of(x, ctx.plan), _rows_of(dx, ctx.plan), chances, strict=True)
         for (group, rows), (_, d_rows), p in parts:
             own = group.numbers
             ds = torch.bmm(d_pooled[own], rows.transpose(1, 2))
             ds = torch._softmax_backward_data(ds, p, -1, p.dtype)
             _scaled(du[own], ds, rows, ctx.scale)
-            torch.bmm(p.transpose(1, 2), d_pooled[own], out=d_rows)
-            d_rows.baddbmm_(ds.transpose(1, 2), u[own], alpha=ctx.scale)
-        return _by_heads(du, w_k.transpose(1, 2)), dx, *[None] * 5
+            if wanted:
+                torch.bmm(p.transpose(1, 2), d_pooled[own], out=d_rows)
+                d_rows.baddbmm_(ds.transpose(1, 2), u[own], alpha=ctx.scale)
+        return du, dx if wanted else None, None, None, None
 
 
 def _by_heads(x: Tensor, weights: Tensor) -> Tensor:

@@ -179,8 +179,9 @@ class FromPrompts(torch.autograd.Function):
         ctx.save_for_backward(own if reads else None)
         if held is None:
             return x.view_as(x), *project(x, None)
-        for whole, part in zip(held, project(own, rows), strict=True):
-            whole.index_copy_(0, rows, part)
+        if plan.m:
+            for whole, part in zip(held, project(own, rows), strict=True):
+                whole.index_copy_(0, rows, part)
         return x.view_as(x), *held
 
     @staticmethod

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..backbone.copies import LATE_PROMPT
 from ..backbone.families import Family, frozen_above, get_layers
 from ..backbone.fingerprint import is_quantised
+from ..backbone.low_rank import LowRank
 from ..backbone.watch import HOOKS, Watch, descendants, spine
 from .attention import autocast_dtype, without_autocast
 from .blocks import BLOCKS, Block, LlamaBlock
@@ -183,6 +184,7 @@ def run_packed(
     readout: bool,
     place: Tensor | None,
     held: list[Tensor] | None = None,
+    updates: dict[int, dict[str, LowRank]] | None = None,
 ) -> Tensor:
     """Layers k+1..L and the final norm over packed rows with their prompts.
 
@@ -195,16 +197,18 @@ def run_packed(
         place: int64 [B], which (None: the first of each).
         held: what `project_first` gives for text rows, where it is known; prompt rows are
             overwritten.
+        updates: low-rank updates by the number of their layer, counted from 0, and the name of the
+            linear layer in it.
 
     Returns:
         [N, D], or [B, D] for a readout.
     """
     off = autocast_dtype(rows) is not None and own_half(backbone, family, k, rows)
     with without_autocast(rows) if off else nullcontext():
-        return _run(backbone, family, k, rows, plan, positions, readout, place, held)
+        return _run(backbone, family, k, rows, plan, positions, readout, place, held, updates)
 
 
-def _run(backbone, family, k, rows, plan, positions, readout, place, held):
+def _run(backbone, family, k, rows, plan, positions, readout, place, held, updates):
     layers = list(get_layers(backbone, family))[k:]
     make = block_type(backbone)
     rotary = _rotary(backbone, family, rows, positions)
@@ -212,6 +216,8 @@ def _run(backbone, family, k, rows, plan, positions, readout, place, held):
     for i, layer in enumerate(layers):
         block = make(layer)
         block.rotary = rotary
+        if updates and k + i in updates:
+            block.update(updates[k + i])
         first = i == 0
         if readout and i == len(layers) - 1:
             x = block.run_last(x, plan, place, first)
@@ -231,14 +237,37 @@ def _rotary(backbone: nn.Module, family: Family, rows: Tensor, positions: Tensor
 
 
 def project_first(
-    backbone: nn.Module, family: Family, k: int, rows: Tensor, positions: Tensor | None
+    backbone: nn.Module,
+    family: Family,
+    k: int,
+    rows: Tensor,
+    positions: Tensor | None,
+    updates: dict[int, dict[str, LowRank]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of layer k+1, [N, H d], [N, Hk d], [N, Hk d].
+    """Queries, keys and values of layer k+1, [N, H d], [N, Hk d], [N, Hk d]; where one of them has
+    an update, the frozen products that they begin with.
 
     Args:
         backbone, family, k: as for `run_lower`.
         rows: [N, D], the output of layer k.
         positions: int64 [N] for rotary models, else None.
+        updates: as of `run_packed`.
     """
     block = block_type(backbone)(get_layers(backbone, family)[k])
+    if first_updated(backbone, family, k, updates):
+        return block.project_linear(block.normed(rows))
     return block.project(rows, _rotary(backbone, family, rows, positions))
+
+
+def first_updated(
+    backbone: nn.Module, family: Family, k: int, updates: dict[int, dict[str, LowRank]] | None
+) -> bool:
+    """Whether updates change the queries, keys or values of layer k+1; arguments as of
+    `run_packed`.
+    """
+    own = (updates or {}).get(k)
+    if not own:
+        return False
+    block = block_type(backbone)(get_layers(backbone, family)[k])
+    block.update(own)
+    return block.updated(*block.queries)

@@ -19,7 +19,7 @@ from ..cache.index import KeyTable
 from ..cache.planner import amount, held_limit
 from ..method.cached_call import layer_dtype
 from ..packed.held import HeldRows, kind_of
-from ..packed.stack import project_first, why_padded
+from ..packed.stack import first_updated, project_first, why_padded
 from ..packing import PackedBatch
 
 logger = logging.getLogger(__name__)
@@ -141,5 +141,7 @@ def _project(late, cache, rows: np.ndarray) -> tuple[tuple[Tensor, ...], tuple]:
     if late.family.takes_positions:
         _, place = batch.places
         positions = (place if batch.position_ids is None else batch.position_ids) + m
-    made = project_first(late.backbone, late.family, k, batch.hidden, positions)
-    return made, kind_of(batch.hidden, m)
+    updates = late.updates(late.active_adapters[0])
+    made = project_first(late.backbone, late.family, k, batch.hidden, positions, updates)
+    updated = first_updated(late.backbone, late.family, k, updates)
+    return made, kind_of(batch.hidden, m, updated)
