@@ -1,4 +1,4 @@
-"""python -m bench accuracy | table | cache | cache-quantize | cache-accuracy | train |
+"""python -m bench accuracy | accuracy-sweep | table | cache | cache-quantize | cache-accuracy | train |
 train-accuracy | train-plot | step-plot | kernels | plot | report | forecast |
 profile | lengths | peft_suite.
 """
@@ -10,6 +10,7 @@ import importlib
 import typer
 
 from .accuracy import main as accuracy
+from .accuracy import sweep
 from .cache import accuracy as cache_accuracy
 from .cache import main as cache
 from .cache import quantize as cache_quantize
@@ -20,6 +21,7 @@ from .train import plot_steps
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.command(name="accuracy")(accuracy.main)
+app.command(name="accuracy-sweep")(sweep.main)
 app.command(name="table")(accuracy.table)
 app.command(name="cache")(cache.main)
 app.command(name="cache-quantize")(cache_quantize.main)

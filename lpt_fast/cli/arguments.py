@@ -218,7 +218,7 @@ class TrainArguments(DataArguments):
             )
         if not (self.train_file or self.dataset):
             raise ValueError("There is nothing to train on: give --train_file or --dataset.")
-        for name in ("activation_cache", "upper"):
+        for name in ("activation_cache", "upper", "lora_learning_rate"):
             value = getattr(self, name)
             if value is not None and self.method != "lpt":
                 raise ValueError(

@@ -107,6 +107,10 @@ def _adapt(model: nn.Module, args: TrainArguments, task_type) -> nn.Module:
             bottleneck_size=args.bottleneck_size,
             prompt_dropout=args.prompt_dropout,
             upper_dropout=args.upper_dropout,
+            lora_r=args.lora_r,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout or 0.0,
+            lora_target_modules=lora_targets(args.lora_target_modules),
         )
         return get_peft_model(model, config)
     if args.method == "full":

@@ -152,6 +152,7 @@ def train(args: TrainArguments) -> dict:
         trainer_class = LPTTrainer
         more = {"activation_cache": args.activation_cache, "upper": args.upper}
         more["readout_only"] = one_token
+        more["lora_learning_rate"] = args.lora_learning_rate
     trainer = trainer_class(
         model=model,
         args=training_arguments(args, validation is not None, data.task),
@@ -178,7 +179,8 @@ def train(args: TrainArguments) -> dict:
     }
     if args.method == "lpt":
         config = model.peft_config["default"]
-        results |= {"generator": config.generator, "insertion_layer": config.insertion_layer}
+        names = ("generator", "insertion_layer", "lora_r")
+        results |= {name: getattr(config, name) for name in names}
     for name, rows in (("validation", validation), ("test", test)):
         if rows is not None:
             got = trainer.evaluate(rows, metric_key_prefix=name)

@@ -144,6 +144,10 @@ def _section(config, folder: Path, figures: Mapping[str, float]) -> str:
         "prompt rows m": config.num_virtual_tokens,
         "generator": config.generator,
     }
+    if config.lora_r is not None:
+        names = config.lora_target_modules
+        names = names if isinstance(names, str) or names is None else ", ".join(names)
+        rows["late LoRA"] = f"rank {config.lora_r} on {_plain(str(names))}"
     table = [f"| {key} | {value} |" for key, value in rows.items()]
     more = ["## Figures", "", "| | |", "|---|---|"]
     more += [f"| {_plain(key)} | {value:.6g} |" for key, value in figures.items()]

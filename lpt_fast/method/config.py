@@ -10,8 +10,8 @@ from peft.config import PeftConfig
 
 from .register import register
 
-NO_PROMPT = "none"  # late LoRA alone
-GENERATORS = ("static", "npg", "appg", "mppg", "attention", "residual", NO_PROMPT)
+GENERATORS = ("static", "npg", "appg", "mppg", "attention", "residual")
+NO_PROMPT = "none"  # in the place of a generator: late LoRA alone
 UPPER = ("auto", "packed", "padded")
 PREFIX = "lpt_"
 
@@ -193,9 +193,10 @@ class LPTConfig(PeftConfig):
         self.target_modules = None
         if self.insertion_layer is not None:
             _whole("insertion_layer", self.insertion_layer, 1, " and below the number of layers")
-        if self.generator not in GENERATORS:
+        known = (*GENERATORS, NO_PROMPT)
+        if self.generator not in known:
             raise ValueError(
-                f"`generator` must be one of {', '.join(GENERATORS)}, got {self.generator!r}."
+                f"`generator` must be one of {', '.join(known)}, got {self.generator!r}."
             )
         self._check_lora()
         if self.generator == NO_PROMPT:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..insertion.api import insert_prompt_, insert_prompt_padded
-from .config import GENERATORS, LPTConfig
+from .config import GENERATORS, NO_PROMPT, LPTConfig
 
 
 class PromptGenerator(nn.Module):
@@ -261,7 +261,6 @@ _CLASSES = dict(
             MPPGenerator,
             AttentionGenerator,
             ResidualGenerator,
-            NoPrompt,
         ),
         strict=True,
     )
@@ -279,5 +278,5 @@ def build_generator(
         dropout: probability on the prompt.
         causal: whether the backbone is a decoder.
     """
-    cls = _CLASSES[config.generator]
+    cls = NoPrompt if config.generator == NO_PROMPT else _CLASSES[config.generator]
     return cls(hidden_size, config.num_virtual_tokens, config.bottleneck_size, dropout, causal)

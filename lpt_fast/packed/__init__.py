@@ -1,7 +1,8 @@
 """Layers k+1..L without padding: plain arguments in, rows out.
 
 stack.py       runs the layers, says why a model cannot     plan.py        which row is whose
-blocks.py      a layer of each family                       attention.py   within texts
+block.py       what the layers of all families share        attention.py   within texts
+blocks.py      a layer of each family                       low_rank.py    updates of their products
 ops.py         norms, activations, gated forms              last_layer.py  one token a text
 held.py        projections that somebody holds
 graphs.py      CUDA graphs by token bucket                  graph_passes.py  one captured pass

@@ -23,6 +23,7 @@ from .cached_loading import CachedLoading
 from .collators import IGNORED, CachedCollator, LabelRules
 from .exact_resume import CountedTraining
 from .figures import write_figures
+from .learning_rates import check_rate, give_rate
 from .training_record import compare_names
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ class LPTTrainer(CachedLoading, CountedTraining, Trainer):
             insertion projects the training texts to (projections.py). None: in a single process
             without dataloader_num_workers, where it takes at most a tenth of the memory and half
             of what is free; True: whatever it takes; False: not.
+        lora_learning_rate: peak learning rate of late LoRA (`LPTConfig(lora_r=...)`), with the
+            schedule of all; None: `args.learning_rate`.
         readout_only: language models whose examples have one label each: predictions are the logits
             of that token alone, [B, 1, V], and label_ids that label, [B, 1].
 
@@ -73,6 +76,7 @@ class LPTTrainer(CachedLoading, CountedTraining, Trainer):
         upper: str | None = None,
         cuda_graphs: bool | None = None,
         hold_projections: bool | None = None,
+        lora_learning_rate: float | None = None,
         readout_only: bool = False,
         **named,
     ):
@@ -87,6 +91,7 @@ class LPTTrainer(CachedLoading, CountedTraining, Trainer):
         self.activation_cache = activation_cache
         self._upper, self._cuda_graphs = upper, cuda_graphs
         self.hold_projections, self.readout_only = hold_projections, readout_only
+        self.lora_learning_rate = lora_learning_rate
         self._ahead = ReadAhead()
         self._holding: CachedCollator | None = None
         self._filters = False
@@ -101,6 +106,8 @@ class LPTTrainer(CachedLoading, CountedTraining, Trainer):
 
     def _check_arguments(self) -> None:
         args = self.args
+        if self.lora_learning_rate is not None:
+            check_rate(self.lora_learning_rate, self._late_prompt, self.optimizer)
         if self._cuda_graphs and args.device.type != "cuda":
             raise ValueError(
                 f"`cuda_graphs` is True and the model trains on {args.device.type!r}, expected a "
@@ -184,6 +191,14 @@ class LPTTrainer(CachedLoading, CountedTraining, Trainer):
             readout=self._reads_one_token(),
             causal=late.causal_lm,
         )
+
+    def create_optimizer(self, *args, **kwargs):
+        """As Trainer's; late LoRA gets its own learning rate, where there is one."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if fresh and self.lora_learning_rate is not None:
+            give_rate(optimizer, self._late_prompt.lpt_lora, self.lora_learning_rate)
+        return optimizer
 
     # -- columns -----------------------------------------------------------------------------------
 

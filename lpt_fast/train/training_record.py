@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 FILE = "lpt_training.json"
 ADAPTER = "adapter_config.json"  # PEFT's; in checkpoints that were written before FILE was
 _OF_ADAPTER = ("insertion_layer", "generator", "num_virtual_tokens", "bottleneck_size")
+# (Checkpoints of before there was late LoRA do not name these.)
+_OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 _SAMPLE = 16  # numbers of each parameter that the digest of a model looks at
 _LONG = 60  # characters of a value in a message
 
@@ -33,8 +35,9 @@ def facts_of(model: nn.Module) -> dict[str, Any]:
 
     Returns:
         `labels` (names in the order of ids, or None), `model` (name or folder) and, with a late
-        prompt, `insertion_layer`, `generator`, `num_virtual_tokens`, `bottleneck_size`, `dtype` of
-        the frozen layers and `weights`, a digest of a sample of them (None: cannot be looked at).
+        prompt, `insertion_layer`, `generator`, `num_virtual_tokens`, `bottleneck_size`, those of
+        late LoRA, `dtype` of the frozen layers and `weights`, a digest of a sample of them (None:
+        cannot be looked at).
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = getattr(base, "config", None)
@@ -45,7 +48,7 @@ def facts_of(model: nn.Module) -> dict[str, Any]:
     }
     late = next((m for m in model.modules() if isinstance(m, LatePrompt)), None)
     if late is not None and late.active_config is not None:
-        facts |= {name: getattr(late.active_config, name) for name in _OF_ADAPTER}
+        facts |= {name: getattr(late.active_config, name) for name in (*_OF_ADAPTER, *_OF_LORA)}
         facts |= _weights_of(late)
     return facts
 
@@ -84,6 +87,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
             return {}
         names = content.get("id2label")
         facts = {name: content[name] for name in _OF_ADAPTER}
+        facts |= {name: content[name] for name in _OF_LORA if name in content}
         return facts | {"labels": None if names is None else [names[i] for i in _in_order(names)]}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(

@@ -14,12 +14,12 @@ BAD = [
     ({"insertion_layer": 0}, "`insertion_layer`.*at least 1.*got 0"),
     ({"insertion_layer": 1.5}, "`insertion_layer`.*got 1.5"),
     ({"insertion_layer": True}, "`insertion_layer`.*got True"),
-    ({"num_virtual_tokens": 0}, "`num_virtual_tokens`.*at least 1, got 0"),
+    ({"num_virtual_tokens": 0}, "`num_virtual_tokens`.*at least 1.*generator='none'.*got 0"),
     ({"num_virtual_tokens": -3}, "`num_virtual_tokens`.*got -3"),
     ({"bottleneck_size": 0}, "`bottleneck_size`.*got 0"),
     (
         {"generator": "lstm"},
-        "`generator`.*static, npg, appg, mppg, attention, residual, got 'lstm'",
+        "`generator`.*static, npg, appg, mppg, attention, residual, none, got 'lstm'",
     ),
     ({"prompt_dropout": 1.0}, r"`prompt_dropout`.*\[0, 1\).*got 1.0"),
     ({"prompt_dropout": "no"}, "`prompt_dropout`.*got 'no'"),
@@ -98,7 +98,7 @@ def test_json_round_trip(tmp_path):
     config.save_pretrained(tmp_path)
     text = (tmp_path / "adapter_config.json").read_text()
     assert '"peft_type": "LPT"' in text
-    assert "target_modules" not in text
+    assert '"target_modules' not in text
     back = PeftConfig.from_pretrained(tmp_path)
     assert isinstance(back, LPTConfig)
     assert back.id2label == {0: "no", 1: "yes", 2: "?"} and back.num_labels == 3

@@ -18,7 +18,7 @@ from lpt_fast.backbone.families import find_backbone, get_layers
 from lpt_fast.insertion import api
 from lpt_fast.insertion import ops as insertion_ops
 from lpt_fast.packed import attention as packed_attention
-from lpt_fast.packed import blocks as packed_blocks
+from lpt_fast.packed import block as packed_block
 from lpt_fast.packed import ops as packed_ops
 from lpt_fast.packed import stack as packed
 from lpt_fast.packed.last_layer import attend_one, attend_one_absorbed, pick
@@ -66,7 +66,7 @@ def varlen(q, k, v, plan, *, heads, kv_heads, scale, causal, prompt_only=False):
 def as_on_cuda(monkeypatch):
     for module in (packed_ops, api):
         monkeypatch.setattr(module, "choose_impl", lambda impl, x: "triton")
-    monkeypatch.setattr(packed_blocks, "attend", varlen)
+    monkeypatch.setattr(packed_block, "attend", varlen)
 
 
 def roberta_large():
@@ -123,8 +123,9 @@ def test_one_group_in_the_order_of_the_batch(monkeypatch, way, causal):
     ends = torch.tensor([0, *lengths]).cumsum(0).int()
     rows = sum(lengths) + m * len(lengths)
     torch.manual_seed(0)
-    x, q = torch.randn(rows, D), torch.randn(len(lengths), D)
-    w_k, w_v, b_v = torch.randn(D, D), torch.randn(D, D), torch.randn(D)
+    own = {"dtype": torch.float64}  # (sums of another order)
+    x, q = torch.randn(rows, D, **own), torch.randn(len(lengths), D, **own)
+    w_k, w_v, b_v = (torch.randn(*n, **own) for n in ((D, D), (D, D), (D,)))
     place = torch.tensor([4, 3, 0, 2, 5])
 
     def run(is_sorted):
