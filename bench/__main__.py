@@ -1,6 +1,6 @@
-"""python -m bench accuracy | table | cache | cache-quantize | cache-accuracy | train |
-train-accuracy | train-plot | step-plot | kernels | plot | report | forecast |
-profile | lengths | peft_suite.
+"""python -m bench accuracy | table | accuracy-whole | accuracy-whole-report | cache |
+cache-quantize | cache-accuracy | train | train-accuracy | train-plot | step-plot | kernels |
+plot | report | forecast | profile | lengths | peft_suite.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib
 import typer
 
 from .accuracy import main as accuracy
+from .accuracy import whole
 from .cache import accuracy as cache_accuracy
 from .cache import main as cache
 from .cache import quantize as cache_quantize
@@ -21,6 +22,8 @@ from .train import plot_steps
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.command(name="accuracy")(accuracy.main)
 app.command(name="table")(accuracy.table)
+app.command(name="accuracy-whole")(whole.main)
+app.command(name="accuracy-whole-report")(whole.report)
 app.command(name="cache")(cache.main)
 app.command(name="cache-quantize")(cache_quantize.main)
 app.command(name="cache-accuracy")(cache_accuracy.main)
