@@ -1,6 +1,6 @@
-"""python -m bench accuracy | table | accuracy-whole | accuracy-whole-report | cache |
-cache-quantize | cache-accuracy | train | train-accuracy | train-plot | step-plot | kernels |
-plot | report | forecast | profile | lengths | peft_suite.
+"""python -m bench accuracy | table | accuracy-whole | accuracy-whole-report | accuracy-few-shot |
+accuracy-few-shot-report | cache | cache-quantize | cache-accuracy | train | train-accuracy |
+train-plot | step-plot | kernels | plot | report | forecast | profile | lengths | peft_suite.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import importlib
 
 import typer
 
+from .accuracy import few_shot, whole
 from .accuracy import main as accuracy
-from .accuracy import whole
 from .cache import accuracy as cache_accuracy
 from .cache import main as cache
 from .cache import quantize as cache_quantize
@@ -24,6 +24,8 @@ app.command(name="accuracy")(accuracy.main)
 app.command(name="table")(accuracy.table)
 app.command(name="accuracy-whole")(whole.main)
 app.command(name="accuracy-whole-report")(whole.report)
+app.command(name="accuracy-few-shot")(few_shot.main)
+app.command(name="accuracy-few-shot-report")(few_shot.report)
 app.command(name="cache")(cache.main)
 app.command(name="cache-quantize")(cache_quantize.main)
 app.command(name="cache-accuracy")(cache_accuracy.main)

@@ -40,11 +40,6 @@ class Method:
     settings: dict
     rates: tuple[float, ...]
 
-    @property
-    def middle(self) -> float:
-        """The rate of one who does not choose."""
-        return self.rates[len(self.rates) // 2]
-
 
 # Peers get batches of like length, so that the packed layers of late methods win nothing by padding
 # that could be avoided. All train the same head: pooler and classifier.
@@ -198,10 +193,26 @@ class Contest:
                 raise TrainingFailed(f"{job} ended with {done.returncode}:\n{said}")
             return json.loads(got.read_text())
 
-    def choose(self, candidates: list[Job]) -> float:
-        """The learning rate whose job has the best accuracy; of equal ones the first."""
-        rows = [self.result(job) for job in candidates]
-        return max(rows, key=lambda row: row["accuracy"])["learning_rate"]
+    def final(self, name: str, task: str, seed: int, choice: dict, common: dict) -> dict:
+        """Line of a tested training with the learning rate that is best on dev; of equally good
+        ones the first.
+
+        Args:
+            name: of the method.
+            task, seed: of the training.
+            choice: fields of the jobs that choose, where they differ.
+            common: fields of all jobs.
+        """
+        method = METHODS[name]
+        common = {"task": task, "method": name, "settings": method.settings, **common}
+        rate = method.rates[0]
+        if len(method.rates) > 1:
+            jobs = [
+                Job(**common | choice, split="dev", learning_rate=rate) for rate in method.rates
+            ]
+            rows = [self.result(job) for job in jobs]
+            rate = max(rows, key=lambda row: row["accuracy"])["learning_rate"]
+        return self.result(Job(**common, seed=seed, split="test", learning_rate=rate))
 
     def all(self, finals: Iterable) -> None:
         """Runs what `finals` gives, functions without arguments; one that fails is said, and the
@@ -222,6 +233,11 @@ class Contest:
         if failures:
             typer.echo(f"{failures} failed; the same command runs them again.", err=True)
             raise typer.Exit(1)
+
+
+def numbers(text: str) -> list[int]:
+    """Whole numbers with commas between."""
+    return [int(part) for part in text.split(",")]
 
 
 def chosen(names: str, known: Iterable[str], option: str) -> list[str]:

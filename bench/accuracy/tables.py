@@ -27,18 +27,24 @@ class Finals:
 
     Args:
         rows: lines of a results file.
-        tasks, seeds: of a full table; lines of others are left out.
+        tasks, seeds: of a full table.
+
+    Attributes:
+        left_out: how many lines are of other tasks, seeds, or settings than a method's last ones.
     """
 
     def __init__(self, rows: Iterable[dict], tasks: Sequence[str], seeds: Sequence[int]):
         self.tasks, self.seeds = tasks, seeds
         self.cells: dict[str, dict[str, dict[int, dict]]] = {}
+        self.left_out = 0
         rows = [row for row in rows if row["split"] == "test"]
-        # Lines of settings that a method had before are of another method.
         last = {row["method"]: row["settings"] for row in rows}
         for row in rows:
             usual = row["task"] in tasks and row["seed"] in seeds
-            if usual and row["settings"] == last[row["method"]]:
+            # A method with the settings that it had before is another one.
+            if not usual or row["settings"] != last[row["method"]]:
+                self.left_out += 1
+            else:
                 by_task = self.cells.setdefault(row["method"], {})
                 by_task.setdefault(row["task"], {})[row["seed"]] = row
 
@@ -125,12 +131,18 @@ def choices(rows: Iterable[dict], tasks: Sequence[str]) -> str:
 
 
 def report(rows: Sequence[dict], tasks: Sequence[str], seeds: Sequence[int]) -> str:
-    """All tables of one setting, with what they mean."""
+    """All tables, with what they mean: for each model, number of epochs and K of its own."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        texts = f"K = {row['few_shot']}" if row["few_shot"] else "all rows"
+        title = f"# {row['model']}, {texts}, {row['epochs']} epochs"
+        groups.setdefault(title, []).append(row)
+    parts = [f"{title}\n\n{_section(mine, tasks, seeds)}" for title, mine in groups.items()]
+    return "\n\n".join(parts) or "No results yet."
+
+
+def _section(rows: Sequence[dict], tasks: Sequence[str], seeds: Sequence[int]) -> str:
     finals = Finals(rows, tasks, seeds)
-    if not rows:
-        return "No results yet."
-    made = {name: sorted({str(row[name]) for row in rows}) for name in ("model", "machine")}
-    commits = sorted({row["commit"] for row in rows})
     parts = [
         f"Test accuracy in %, mean ± standard deviation (n - 1) over seeds "
         f"{', '.join(map(str, seeds))}; a cell that lacks some says how many it has. The mean over "
@@ -143,8 +155,10 @@ def report(rows: Sequence[dict], tasks: Sequence[str], seeds: Sequence[int]) -> 
     ]
     if any(row["split"] == "dev" for row in rows):
         parts += ["Dev accuracy of the learning rates tried, the best bold.", choices(rows, tasks)]
-    parts.append(
-        f"Model: {', '.join(made['model'])}. Machine: {'; '.join(made['machine'])}. "
-        f"Commits: {', '.join(commits)}."
-    )
-    return "\n\n".join(parts)
+    facts = [
+        f"{title}: {', '.join(sorted({str(row[name]) for row in rows}))}."
+        for title, name in (("Machine", "machine"), ("Commits", "commit"))
+    ]
+    if finals.left_out:
+        facts.append(f"Left out: {finals.left_out} lines of other seeds, tasks or settings.")
+    return "\n\n".join([*parts, " ".join(facts)])

@@ -19,7 +19,7 @@ import typer
 
 from ..paths import RESULTS
 from . import tables
-from .contest import METHODS, TASKS, Contest, Job, Results, chosen
+from .contest import METHODS, TASKS, Contest, Results, chosen, numbers
 
 FILE = RESULTS / "accuracy_whole.jsonl"
 EPOCHS = 3
@@ -33,25 +33,12 @@ def _finals(
     """Trainings in their order: all tasks with one seed before the next seed, so that a file that
     is partly filled is filled evenly.
     """
+    choice = {"seed": CHOICE_SEED}
+    choice |= {"max_train_samples": CHOICE_ROWS, "max_eval_samples": CHOICE_DEV_ROWS}
     for name in methods:
         for seed in seeds:
             for task in tasks:
-                yield partial(_final, contest, name, task, seed, common)
-
-
-def _final(contest: Contest, name: str, task: str, seed: int, common: dict) -> dict:
-    method = METHODS[name]
-    job = partial(Job, task=task, method=name, settings=method.settings, **common)
-    rate = method.rates[0]
-    if len(method.rates) > 1:
-        small = {"max_train_samples": CHOICE_ROWS, "max_eval_samples": CHOICE_DEV_ROWS}
-        rate = contest.choose(
-            [
-                job(seed=CHOICE_SEED, split="dev", learning_rate=rate, **small)
-                for rate in method.rates
-            ]
-        )
-    return contest.result(job(seed=seed, split="test", learning_rate=rate))
+                yield partial(contest.final, name, task, seed, choice, common)
 
 
 def main(
@@ -75,7 +62,7 @@ def main(
             contest,
             chosen(methods, METHODS, "--methods"),
             chosen(tasks, TASKS, "--tasks"),
-            [int(seed) for seed in seeds.split(",")],
+            numbers(seeds),
             common,
         )
     )
@@ -86,5 +73,4 @@ def report(
     seeds: str = typer.Option("1,2,3", "--seeds", help="That a full table has."),
 ) -> None:
     """Print accuracies, costs and chosen learning rates as Markdown."""
-    rows = [row for row in Results(path).rows() if row["few_shot"] is None]
-    typer.echo(tables.report(rows, TASKS, [int(seed) for seed in seeds.split(",")]))
+    typer.echo(tables.report(Results(path).rows(), TASKS, numbers(seeds)))
