@@ -1,6 +1,7 @@
-"""python -m bench accuracy | accuracy-sweep | table | cache | cache-quantize | cache-accuracy | train |
-train-accuracy | train-plot | step-plot | kernels | plot | report | forecast |
-profile | lengths | peft_suite.
+"""python -m bench accuracy | accuracy-sweep | table | accuracy-whole | accuracy-whole-report |
+accuracy-few-shot | accuracy-few-shot-report | cache | cache-quantize | cache-accuracy | train |
+train-accuracy | train-plot | step-plot | kernels | plot | report | forecast | profile | lengths |
+peft_suite.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import importlib
 
 import typer
 
+from .accuracy import few_shot, sweep, whole
 from .accuracy import main as accuracy
-from .accuracy import sweep
 from .cache import accuracy as cache_accuracy
 from .cache import main as cache
 from .cache import quantize as cache_quantize
@@ -23,6 +24,10 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.command(name="accuracy")(accuracy.main)
 app.command(name="accuracy-sweep")(sweep.main)
 app.command(name="table")(accuracy.table)
+app.command(name="accuracy-whole")(whole.main)
+app.command(name="accuracy-whole-report")(whole.report)
+app.command(name="accuracy-few-shot")(few_shot.main)
+app.command(name="accuracy-few-shot-report")(few_shot.report)
 app.command(name="cache")(cache.main)
 app.command(name="cache-quantize")(cache_quantize.main)
 app.command(name="cache-accuracy")(cache_accuracy.main)

@@ -1,9 +1,9 @@
 """python -m bench accuracy-sweep: dev accuracies of settings of the method, for its defaults.
 
 A stage is a list of settings that differ from a base in a few values (STAGES). Each runs by
-`lpt-fast train`'s own code on a random sample of the training rows and is measured on the dev rows,
-never on the test rows. Runs share an activation cache. A line for each run goes to the results file;
-one that is there is not run again.
+`lpt-fast train`'s own code on a random sample of the training rows and is measured on the dev
+rows, never on the test rows. Runs share an activation cache. A line for each run goes to the
+results file; one that is there is not run again.
 """
 
 from __future__ import annotations

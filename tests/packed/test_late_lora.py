@@ -144,7 +144,7 @@ def test_half_precision(family):
         errors = {}
         for upper in ("padded", "packed"):
             got = outcome(model, upper, autocast=autocast, **call)
-            grads = [torch.cat([r[n].double().flatten() for n in truth[2]]) for r in (got[2], truth[2])]
+            grads = [torch.cat([r[2][n].double().flatten() for n in truth[2]]) for r in (got, truth)]
             pairs = [(got[0], truth[0]), grads]
             errors[upper] = torch.tensor([float((a.double() - b).norm()) for a, b in pairs])
             sizes = torch.tensor([float(b.norm()) for _, b in pairs])
@@ -233,7 +233,7 @@ def test_texts_do_not_meet(family, changed):
 @pytest.mark.parametrize("family", PACKED)
 def test_every_linear_layer_has_a_role(family):
     """An update that a block did not know would be left out in silence."""
-    base, model = adapted(family, k=1, **ALL)
+    _, model = adapted(family, k=1, **ALL)
     backbone = find_backbone(model)[1]
     names = {name for _, name in backbone.late_prompt.lpt_lora["default"].names}
     block = BLOCKS[type(backbone).__name__]
