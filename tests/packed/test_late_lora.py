@@ -144,7 +144,9 @@ def test_half_precision(family):
         errors = {}
         for upper in ("padded", "packed"):
             got = outcome(model, upper, autocast=autocast, **call)
-            grads = [torch.cat([r[2][n].double().flatten() for n in truth[2]]) for r in (got, truth)]
+            grads = [
+                torch.cat([r[2][n].double().flatten() for n in truth[2]]) for r in (got, truth)
+            ]
             pairs = [(got[0], truth[0]), grads]
             errors[upper] = torch.tensor([float((a.double() - b).norm()) for a, b in pairs])
             sizes = torch.tensor([float(b.norm()) for _, b in pairs])
