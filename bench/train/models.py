@@ -289,7 +289,7 @@ class Zoo:
                 insertion_layer=k,
                 prompt_dropout=None if self.dropout else 0.0,
                 upper=LATE[name][0],
-                **{"generator": "npg", **LORA.get(name, {})},
+                **{"generator": "npg", "num_virtual_tokens": 5, **LORA.get(name, {})},
             )
             model = get_peft_model(model, config)
             for part, weight in model.named_parameters():

@@ -27,7 +27,8 @@ def model_with(names=("bad", "good"), change=None, moved=None, **config):
         with torch.no_grad():
             change(base)
     torch.manual_seed(3)
-    settings = {"insertion_layer": 2, "bottleneck_size": 8, "num_virtual_tokens": 3, **config}
+    settings = {"generator": "npg"}
+    settings |= {"insertion_layer": 2, "bottleneck_size": 8, "num_virtual_tokens": 3, **config}
     return get_peft_model(base, LPTConfig(task_type="SEQ_CLS", **settings))
 
 
