@@ -79,7 +79,7 @@ def run(model: str | None, output_dir: str, epochs: float, seed: int) -> dict:
     for name in ("data", "cache", *FOLDERS):
         check_folder(folder / name, "--output_dir")
     typer.echo(
-        "1. Which package family does this sentence come from? Collecting sentences from "
+        "1. Have two neighbouring words of this sentence been swapped? Collecting sentences from "
         "docstrings ..."
     )
     try:
@@ -135,7 +135,7 @@ def run(model: str | None, output_dir: str, epochs: float, seed: int) -> dict:
     )
     typer.echo(f"""
 What to type next:
-  echo "Return the gradient of the loss." | lpt-fast predict --adapter {output_dir}
+  echo "Return the of gradient the loss." | lpt-fast predict --adapter {output_dir}
   lpt-fast eval --adapter {output_dir} --test_file {paths["test"]}
   lpt-fast train --model {model} --train_file {paths["train"]} \
 --validation_file {paths["validation"]} --generator none --lora_r 8 \

@@ -10,7 +10,13 @@ from collections import Counter
 import pytest
 
 from lpt_fast.cli import demo_data
-from lpt_fast.cli.demo_data import DEMO_CLASSES, build_demo_dataset, clean_docstring, normalise
+from lpt_fast.cli.demo_data import (
+    LABELS,
+    build_demo_dataset,
+    clean_docstring,
+    normalise,
+    swap_words,
+)
 
 # Written out here on purpose: a name that is lost from the module's own list must fail a test.
 FORBIDDEN = (
@@ -23,18 +29,18 @@ FORBIDDEN = (
 @pytest.fixture(scope="module")
 def pools():
     """The sources are read once for the whole file; every build below works on this."""
-    return demo_data._collect_classes()
+    return demo_data._collect_sentences()
 
 
 @pytest.fixture
 def read_once(pools, monkeypatch):
-    monkeypatch.setattr(demo_data, "_collect_classes", lambda: pools)
+    monkeypatch.setattr(demo_data, "_collect_sentences", lambda: pools)
 
 
 @pytest.fixture(scope="module")
 def dataset(pools):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_data, "_collect_classes", lambda: pools)
+        patch.setattr(demo_data, "_collect_sentences", lambda: pools)
         return build_demo_dataset()
 
 
@@ -43,24 +49,40 @@ def rows_of(dataset):
 
 
 @pytest.mark.slow
-def test_size_and_classes(dataset):
+def test_size_and_labels(dataset):
     assert list(dataset) == ["train", "validation", "test"]
     counts = Counter(row["label"] for row in rows_of(dataset))
-    assert len(counts) >= 4 and set(counts) <= set(DEMO_CLASSES)
-    assert sum(counts.values()) >= 1500 and max(counts.values()) <= 500
-    assert len(dataset["train"]) > 0.7 * sum(counts.values())
+    assert set(counts) == set(LABELS) and 0.9 < counts["intact"] / counts["swapped"] < 1.2
+    assert len(dataset["train"]) <= 2400 and len(dataset["test"]) >= 1000
+    assert len(dataset["validation"]) >= 300
     for rows in dataset.values():
         assert {row["label"] for row in rows} == set(counts)
         assert all(set(row) == {"text", "label"} for row in rows)
 
 
 @pytest.mark.slow
-def test_no_duplicates_and_no_shared_openings(dataset):
-    keys = [normalise(row["text"]) for row in rows_of(dataset)]
-    assert len(keys) == len(set(keys))
-    # Sentences of one class with the same first five words are near-duplicates.
-    openings = [(r["label"], *normalise(r["text"]).split()[:5]) for r in rows_of(dataset)]
-    assert len(openings) == len(set(openings))
+def test_a_sentence_stands_once(dataset, pools):
+    """In one split, and as itself or swapped, never as both: bags of words are unique."""
+    bags = [tuple(sorted(normalise(row["text"]).split())) for row in rows_of(dataset)]
+    twice = [bag for bag, n in Counter(bags).items() if n > 1]
+    assert len(twice) <= 0.002 * len(bags)  # (two sentences of the same words)
+    known = {text for rows in pools.values() for text in rows}
+    for row in rows_of(dataset):
+        assert (row["text"] in known) == (row["label"] == "intact"), row
+
+
+@pytest.mark.parametrize(
+    ("sentence", "swapped"),
+    [
+        ("Return the sum of it.", {"Return sum the of it.", "Return the of sum it."}),
+        ("The the the (big) dog.", {None}),  # nothing that would be another sentence
+        ("Only two.", {None}),
+        ("It is, as said, so.", {None}),
+    ],
+)
+def test_two_neighbours_are_swapped(sentence, swapped):
+    assert swap_words(sentence) in swapped
+    assert swap_words(sentence) == swap_words(sentence)
 
 
 @pytest.mark.slow
@@ -92,13 +114,13 @@ def test_same_rows_in_a_fresh_process(dataset):
 @pytest.mark.slow
 def test_split_depends_on_neither_cap_nor_seed(dataset, read_once):
     split = {row["text"]: name for name, rows in dataset.items() for row in rows}
-    for other in (build_demo_dataset(max_per_class=60), build_demo_dataset(seed=7)):
+    for other in (build_demo_dataset(600), build_demo_dataset(seed=7)):
         shared = [(r["text"], name) for name, rows in other.items() for r in rows]
         known = [(text, name) for text, name in shared if text in split]
         assert len(known) > 200 and all(split[text] == name for text, name in known)
-    small, other = build_demo_dataset(max_per_class=60), build_demo_dataset(60, seed=7)
+    small, other = build_demo_dataset(600), build_demo_dataset(600, seed=7)
     assert {r["text"] for r in rows_of(small)} <= set(split)
-    assert {r["text"] for r in rows_of(small)} != {r["text"] for r in rows_of(other)}
+    assert {r["text"] for r in small["train"]} != {r["text"] for r in other["train"]}
 
 
 def test_split_and_group_do_not_depend_on_file_order(tmp_path):
@@ -115,9 +137,9 @@ def test_split_and_group_do_not_depend_on_file_order(tmp_path):
 
 def test_known_openings_keep_their_split():
     # Computed once and written down: results are only comparable while these stay.
-    assert demo_data._split_of("compute the length of the path between two points") == "validation"
+    assert demo_data._split_of("read all of the lines in a file") == "validation"
     assert demo_data._split_of("return the sum of the array elements") == "test"
-    assert demo_data._split_of("create and return a temporary directory") == "train"
+    assert demo_data._split_of("the class holds a table") == "train"
 
 
 def test_files_come_in_a_fixed_spread_out_order(tmp_path):
@@ -202,10 +224,9 @@ def test_missing_packages_give_a_clear_error(monkeypatch):
 
 
 @pytest.mark.slow
-def test_one_missing_package_leaves_its_class_out(monkeypatch):
+def test_one_missing_package_leaves_its_sentences_out(monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "pandas" else find_spec(name)
     )
-    labels = {row["label"] for row in rows_of(build_demo_dataset(max_per_class=100))}
-    assert labels == set(DEMO_CLASSES) - {"tables"}
+    assert set(demo_data._collect_sentences()) == set(demo_data._SOURCES) - {"tables"}
