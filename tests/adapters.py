@@ -18,7 +18,7 @@ needs_own_adapters = pytest.mark.skipif(
 
 
 def lpt(**more) -> LPTConfig:
-    return LPTConfig(**{"bottleneck_size": 6, "num_virtual_tokens": 3, **more})
+    return LPTConfig(**{"generator": "npg", "bottleneck_size": 6, "num_virtual_tokens": 3, **more})
 
 
 def stir(model, seed=3) -> None:

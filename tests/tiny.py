@@ -42,6 +42,7 @@ CONFIGS = {
     "roberta": _bert_like(),
     "xlm-roberta": _bert_like(),
     "electra": _bert_like(embedding_size=16),
+    "mpnet": _bert_like(relative_attention_num_buckets=32),
     "deberta": _bert_like(
         relative_attention=True,
         pos_att_type="c2p|p2c",
@@ -143,6 +144,9 @@ def tiny(family: str, kind: str = "base", attention: str | None = None, seed: in
         for p in model.parameters():
             if p.dim() > 1:
                 p.copy_(torch.randn_like(p) * 0.15)
+    for module in model.modules():
+        if type(module).__name__ == "MPNetEmbeddings":
+            module.padding_idx = PAD  # which is 1 by its code, whatever the config says
     return model.eval()
 
 

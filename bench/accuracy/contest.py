@@ -61,13 +61,29 @@ METHODS = {
         (5e-4, 1e-3, 2e-3),
     ),
     "full": Method({"method": "full", **_PEER}, (2e-5, 5e-5, 1e-4)),
-    # One rate each: late methods do not choose.
+    # One rate each: late methods do not choose. They are the defaults of the command line.
     "lpt_paper": Method(
         {**_LATE, "generator": "npg", "num_virtual_tokens": 5, "insertion_layer": 3}, (1e-3,)
     ),
-    "lpt_default": Method({**_LATE}, (1e-3,)),
-    "lpt_lora": Method({**_LATE, "lora_r": 8}, (1e-3,)),
-    "late_lora": Method({**_LATE, "generator": "none", "lora_r": 8}, (1e-3,)),
+    "lpt_default": Method({**_LATE, "generator": "mppg", "num_virtual_tokens": 10}, (1e-3,)),
+    "lpt_lora": Method(
+        {
+            **{**_LATE, "generator": "mppg", "num_virtual_tokens": 10},
+            **{"lora_r": 8, "lora_target_modules": "all-linear", "lora_learning_rate": 2e-3},
+        },
+        (1e-3,),
+    ),
+    "late_lora": Method(
+        {**_LATE, "generator": "none", "lora_r": 8, "lora_target_modules": "all-linear"}, (2e-3,)
+    ),
+    # One layer less to train, and to run.
+    "late_lora_k4": Method(
+        {
+            **{**_LATE, "generator": "none", "insertion_layer": 4},
+            **{"lora_r": 8, "lora_target_modules": "all-linear"},
+        },
+        (2e-3,),
+    ),
 }
 
 

@@ -17,15 +17,17 @@ import typer
 from ..paths import RESULTS
 
 TASKS = ("trec", "subj", "sst2", "mr", "mpqa")
+_LPT = {"method": "lpt", "num_virtual_tokens": 5}
 # Name in the results -> settings of lpt_fast.cli.arguments.TrainArguments.
 METHODS = {
-    "lpt-npg": {"method": "lpt", "generator": "npg"},
-    "lpt-appg": {"method": "lpt", "generator": "appg"},
-    "lpt-mppg": {"method": "lpt", "generator": "mppg"},
-    "lpt-static": {"method": "lpt", "generator": "static"},
-    "lpt-attention": {"method": "lpt", "generator": "attention"},
-    "lpt-residual": {"method": "lpt", "generator": "residual"},
-    "lpt-npg-upper-dropout": {"method": "lpt", "generator": "npg", "upper_dropout": True},
+    # (Five prompt rows, as when these results were made.)
+    "lpt-npg": {**_LPT, "generator": "npg"},
+    "lpt-appg": {**_LPT, "generator": "appg"},
+    "lpt-mppg": {**_LPT, "generator": "mppg"},
+    "lpt-static": {**_LPT, "generator": "static"},
+    "lpt-attention": {**_LPT, "generator": "attention"},
+    "lpt-residual": {**_LPT, "generator": "residual"},
+    "lpt-npg-upper-dropout": {**_LPT, "generator": "npg", "upper_dropout": True},
     "head": {"method": "head"},
     "lora": {"method": "lora"},
     "prompt_tuning": {"method": "prompt_tuning"},

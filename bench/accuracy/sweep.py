@@ -30,6 +30,7 @@ BASE = {
     "weight_decay": 0.01,
     "lr_scheduler_type": "linear",
 }
+OF_PROMPT = ("insertion_layer", "generator", "num_virtual_tokens", "bottleneck_size")
 NO_PROMPT = {"generator": "none", "lora_r": 8}
 ALL = {"lora_target_modules": "all-linear"}
 
@@ -57,6 +58,39 @@ STAGES: dict[str, list[dict]] = {
     "lora": [
         *_with(NO_PROMPT, grid(learning_rate=[1e-3, 2e-3, 4e-3])),
         *_with({**NO_PROMPT, **ALL}, grid(learning_rate=[5e-4, 1e-3, 2e-3, 4e-3])),
+    ],
+    # Every linear layer, at the rates that were best: for other insertion layers.
+    "depth": _with({**NO_PROMPT, **ALL}, grid(learning_rate=[2e-3, 4e-3])),
+    "rank": [
+        *_with({**NO_PROMPT, **ALL, "learning_rate": 4e-3}, grid(lora_r=[4, 16, 32])),
+        *_with({**NO_PROMPT, **ALL}, grid(learning_rate=[8e-3])),
+    ],
+    # Rates of their own: of the head (and the prompt), of late LoRA.
+    "rates": [
+        *_with(
+            {**NO_PROMPT, **ALL},
+            grid(learning_rate=[1e-3, 4e-3], lora_learning_rate=[2e-3, 4e-3, 8e-3]),
+        ),
+    ],
+    "both": [
+        *_with(
+            {**ALL, "lora_r": 8, "lora_learning_rate": 4e-3, "generator": "npg"},
+            grid(learning_rate=[1e-3, 4e-3]),
+        ),
+        *_with(
+            {**ALL, "lora_r": 8, "lora_learning_rate": 4e-3, "num_virtual_tokens": 10},
+            grid(generator=["mppg"], learning_rate=[1e-3, 4e-3]),
+        ),
+    ],
+    "schedule": [
+        *_with({**NO_PROMPT, **ALL, "learning_rate": 4e-3}, grid(weight_decay=[0.0, 0.1])),
+        *_with({**NO_PROMPT, **ALL, "learning_rate": 4e-3}, grid(lr_scheduler_type=["cosine"])),
+        *_with({**NO_PROMPT, **ALL, "learning_rate": 4e-3}, grid(lora_dropout=[0.1])),
+    ],
+    # LoRA in all layers beside it, from the text.
+    "peer": [
+        {"method": "lora", "insertion_layer": None, "group_by_length": True, "learning_rate": rate}
+        for rate in (1e-3, 2e-3, 4e-3)
     ],
 }
 
@@ -96,9 +130,12 @@ def main(
         seeds.split(","), stages.split(","), insertion_layers.split(","), tasks.split(",")
     )
     with tempfile.TemporaryDirectory() as folder:
+        caches = cache or str(Path(folder, "cache"))
         for seed, stage, k, task in runs:
             for settings in STAGES[stage]:
                 settings = {**BASE, "insertion_layer": int(k), **settings}
+                if "method" in settings:  # which has no prompt
+                    settings = {n: v for n, v in settings.items() if n not in OF_PROMPT}
                 wanted = {
                     "task": task,
                     "model": model or "all-MiniLM-L6-v2",
@@ -117,7 +154,7 @@ def main(
                         test_file=f"{data}/{task}/dev.tsv",
                         max_train_samples=max_train_samples,
                         max_eval_samples=max_eval_samples,
-                        activation_cache=cache or str(Path(folder, "cache")),
+                        activation_cache=None if "method" in settings else caches,
                         seed=int(seed),
                         save_strategy="no",
                         logging_steps=10**9,

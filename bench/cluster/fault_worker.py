@@ -90,6 +90,7 @@ def adapted():
     late = LPTConfig(
         task_type="SEQ_CLS",
         insertion_layer=K,
+        generator="npg",
         num_virtual_tokens=3,
         bottleneck_size=8,
         prompt_dropout=0.0,

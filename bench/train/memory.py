@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,7 @@ def child(path: Path, name: str, k: int | None, cache: str | None) -> int:
 
     from ..data import quiet
     from .data import Texts
-    from .models import HALF, HELD, Rows, Zoo, inputs_of
+    from .models import HALF, HOLDS, Rows, Zoo, inputs_of
     from .rows import open_cache
 
     quiet()
@@ -113,8 +114,9 @@ def child(path: Path, name: str, k: int | None, cache: str | None) -> int:
     contestant = zoo.contestant(name, k, texts, rows, model=model)
     if cache is not None:
         rows = open_cache(zoo, texts, everything, k, cache, contestant.model)
-        if name == HELD:
+        if name in HOLDS:
             rows = rows.hold(contestant.model)
+        rows = replace(rows, room=contestant.model.peft_config["default"].num_virtual_tokens)
         contestant.inputs = inputs_of(name, texts, rows, zoo.place)
     for batch in job["batches"]:
         contestant.step(np.array(batch))

@@ -55,11 +55,19 @@ LATE = {
     "cached_graphs": ("packed", True),
     "cached_held": ("packed", True),
 }
-OURS = ("uncached", "cached", "cached_packed", "cached_graphs", "cached_held")
+# Late LoRA with a prompt and alone, run as LPTTrainer does; its recipes are what it has to equal.
+_UPDATES = {"lora_r": 8, "lora_target_modules": "all-linear"}
+_ALONE = {**_UPDATES, "generator": "none"}
+LORA = {"lpt_lora": _UPDATES, "late_lora": _ALONE}
+RECIPES = {name: f"recipe_{name}" for name in LORA}
+LORA |= {RECIPES[name]: settings for name, settings in LORA.items()}
+LATE |= {name: ("padded", False) if name in RECIPES.values() else ("packed", True) for name in LORA}
+OURS = ("uncached", "cached", "cached_packed", "cached_graphs", "cached_held", *RECIPES)
 GRAPHS = "cached_graphs"  # the same by CUDA graphs (lpt_fast/packed/graphs.py)
 HELD = "cached_held"  # the same with projections held in memory (lpt_fast/train/projections.py)
 # Who runs on one kind of device alone.
 ONLY_ON = {GRAPHS: "cuda", HELD: "cpu"}
+HOLDS = (HELD, *RECIPES)  # on the CPU
 OTHERS = ("prompt_tuning", "lora", "lora_bf16", "full", "head")
 # With --dtype bf16 everything runs under bf16 autocast. These hold their frozen weights in bf16
 # besides (what trains is fp32), as one may whose weights are frozen.
@@ -69,7 +77,7 @@ HALF = {"recipe_bf16", "lora_bf16", "head", *OURS}
 def contestants_of(dtype: str, device: str) -> list[tuple[str, bool]]:
     """Names, and whether there is one for each k."""
     names = [n for n in (*LATE, *OTHERS) if dtype == "bf16" or not n.endswith("_bf16")]
-    names = [n for n in names if ONLY_ON.get(n, device) == device]
+    names = [n for n in names if ONLY_ON.get(n, device) == device and n not in RECIPES.values()]
     return [(name, name in LATE) for name in names]
 
 
@@ -279,11 +287,15 @@ class Zoo:
             config = LPTConfig(
                 task_type="SEQ_CLS",
                 insertion_layer=k,
-                generator="npg",
                 prompt_dropout=None if self.dropout else 0.0,
                 upper=LATE[name][0],
+                **{"generator": "npg", "num_virtual_tokens": 5, **LORA.get(name, {})},
             )
-            return get_peft_model(model, config)
+            model = get_peft_model(model, config)
+            for part, weight in model.named_parameters():
+                if "lora_B" in part:  # at zero, A would have no gradient to compare
+                    nn.init.normal_(weight, std=0.02)
+            return model
         if method == "full":
             return model
         if method == "head":
@@ -334,9 +346,12 @@ class Zoo:
         if name == GRAPHS:
             late = find_late_prompt(model)
             late.graphs = UpperGraphs(late)
-        if name == HELD and rows is not None:
+        if name in HOLDS and rows is not None and self.device == "cpu":
             with torch.autocast(self.device, autocast, enabled=autocast is not None):
                 rows = rows.hold(model)
+        if rows is not None and rows.cache is not None:
+            m = model.peft_config["default"].num_virtual_tokens
+            rows = replace(rows, room=m)
         inputs = inputs_of(name, texts, rows, self.place)
         return Contestant(name, k, model, inputs, self.place, autocast, rows)
 

@@ -20,10 +20,10 @@ from .data import drawn_texts, padding_ratio, plan_batches, real_texts
 from .flops import matmul_rate, necessary_flops
 from .gate import LateGate, check_other
 from .memory import LOAD, LOAD_HALF, peak_bytes, write_job
-from .models import HALF, HELD, LATE, OURS, Contestant, Zoo, contestants_of
+from .models import HALF, HELD, HOLDS, LATE, LORA, OURS, RECIPES, Contestant, Zoo, contestants_of
 from .rows import Filled, fill_cache, fill_features
 from .settings import Settings
-from .targets import payback, target_of
+from .targets import LORA_AT_MOST, payback, target_of
 
 TIMED = ("cached_packed", HELD)  # what there are targets for
 MEMORY_STEPS = 3
@@ -297,6 +297,7 @@ class Bench:
         s = self.settings
         by = {(c.name, c.k): c for c in contestants}
         for k in s.layers:
+            yield from self._beside_held(k, by)
             for name in OURS:
                 own = by.get((name, k))
                 for other in ("recipe", "recipe_bf16", "lora", "lora_bf16"):
@@ -316,6 +317,16 @@ class Bench:
                         True,
                         {"median_of_rounds": statistics.median(rounds)},
                     )
+
+    def _beside_held(self, k: int, by: dict) -> Iterator[Figure]:
+        """Late LoRA over the prompt alone, both as LPTTrainer runs them."""
+        alone = by.get((HELD, k)) or by.get(("cached_packed", k))
+        for name in RECIPES:
+            own = by.get((name, k))
+            if own is not None and alone is not None:
+                ratio = statistics.median(own.seconds) / statistics.median(alone.seconds)
+                label = f"{own.label} over {alone.label}"
+                yield Figure("late LoRA", label, ratio, "x", LORA_AT_MOST, False)
 
     def _paybacks(self, contestants: list[Contestant]) -> Iterator[Figure]:
         epoch = {
@@ -342,7 +353,7 @@ class Bench:
         rate = matmul_rate(self.zoo.place, dtype, size)
         timed = self.batches[s.warmup :]
         for c in contestants:
-            if c.name not in LATE:
+            if c.name not in LATE or c.name in LORA:  # (its updates' arithmetic is not counted)
                 continue
             works = [
                 necessary_flops(
@@ -353,7 +364,7 @@ class Bench:
                     layers=config.num_hidden_layers,
                     k=c.k,
                     cached=LATE[c.name][1],
-                    held=c.name == HELD,
+                    held=c.name in HOLDS and s.device == "cpu",
                 )
                 for rows in timed
             ]

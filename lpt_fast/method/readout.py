@@ -23,6 +23,7 @@ _FIRST = {
     "RobertaForSequenceClassification": "classifier",
     "XLMRobertaForSequenceClassification": "classifier",
     "ElectraForSequenceClassification": "classifier",
+    "MPNetForSequenceClassification": "classifier",
 }
 _CASTS = "lpt_fast.method.tuner"
 _LAST = {

@@ -107,13 +107,15 @@ class _Products(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, plan, heads, kv_heads, scale, causal, prompt_only):
+    def forward(ctx, q, k, v, plan, heads, kv_heads, scale, causal, places, prompt_only):
         ctx.dtype = q.dtype
         with without_autocast(q):
-            return _Products._run(ctx, q, k, v, plan, heads, kv_heads, scale, causal, prompt_only)
+            return _Products._run(
+                ctx, q, k, v, plan, heads, kv_heads, scale, causal, places, prompt_only
+            )
 
     @staticmethod
-    def _run(ctx, q, k, v, plan, heads, kv_heads, scale, causal, prompt_only):
+    def _run(ctx, q, k, v, plan, heads, kv_heads, scale, causal, by_place, prompt_only):
         d, dv = q.shape[1] // heads, v.shape[1] // kv_heads
         places, kv_places = plan.heads(heads), plan.heads(kv_heads)
         exact = torch.promote_types(q.dtype, torch.float32)
@@ -128,6 +130,8 @@ class _Products(torch.autograd.Function):
             # Heads that share keys and values are further rows of their queries.
             qg, kg = q[own].view(n, repeat * S, d), k[kv].view(n, S, d)
             scores = torch.bmm(qg, kg.transpose(1, 2)).mul_(scale)
+            if by_place is not None:
+                scores.view(group.texts, heads, S, S).add_(by_place[:, :S, :S])
             if bias is not None:
                 scores.view(group.texts, heads, S, S).add_(bias)
             p = torch.softmax(scores, -1)
@@ -149,7 +153,7 @@ class _Products(torch.autograd.Function):
         places.clear_padding(grad)
         backward = _prompt_gradients if prompt_only else _gradients
         grads = backward(plan, q, k, v, out, grad, chances, heads, kv_heads, scale)
-        return (*(g.to(ctx.dtype) for g in grads), *[None] * 6)
+        return (*(g.to(ctx.dtype) for g in grads), *[None] * 7)
 
 
 def _views(plan, heads, kv_heads, group, own, kv, q, k, v, grad):
@@ -297,7 +301,7 @@ def _by_varlen(q, k, v, plan, heads, kv_heads, scale, causal):
     return call(q, k, v, cu, cu, plan.size, plan.size, **more).reshape(plan.rows, -1)
 
 
-def _by_sdpa(q, k, v, plan, heads, kv_heads, scale, causal):
+def _by_sdpa(q, k, v, plan, heads, kv_heads, scale, causal, by_place=None):
     q, k, v = (to_heads(x, plan, n) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
     out = []
     for group, own, kv, bias in _groups(plan, heads, kv_heads, biases(plan, causal, q.dtype)):
@@ -306,6 +310,9 @@ def _by_sdpa(q, k, v, plan, heads, kv_heads, scale, causal):
         if heads != kv_heads:
             kg, vg = (x.repeat_interleave(heads // kv_heads, 1) for x in (kg, vg))
         more = {"is_causal": True} if causal else {"attn_mask": bias}
+        if by_place is not None:
+            own_places = by_place[:, : group.size, : group.size].to(q.dtype)
+            more = {"attn_mask": own_places if bias is None else own_places + bias}
         o = F.scaled_dot_product_attention(q[own].view(shape), kg, vg, scale=scale, **more)
         out.append(o.flatten(0, 2))
     return _from_heads(torch.cat(out) if len(out) > 1 else out[0], plan, heads)
@@ -322,6 +329,7 @@ def attend(
     scale: float,
     causal: bool,
     prompt_only: bool = False,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention within each text.
 
@@ -331,6 +339,8 @@ def attend(
         heads, kv_heads: H and Hk, which divides H.
         scale: of the scores.
         causal: whether a row sees only those before it (and itself).
+        bias: added to scores by the places of query and key in their text, [H, S, S] with S at
+            least `plan.size`, for all texts; a constant. Not with `causal`.
         prompt_only: the caller reads the gradients of q, k and v at prompt rows alone.
 
     Returns:
@@ -339,7 +349,8 @@ def attend(
     arguments = (q, k, v, plan, heads, kv_heads, scale, causal)
     half = q.dtype in (torch.float16, torch.bfloat16)
     size = q.shape[1] // heads
-    if choose_impl("auto", q) == "triton" and (half or not q.is_cuda):
+    # (Kernels that take no bias are left out where there is one.)
+    if bias is None and choose_impl("auto", q) == "triton" and (half or not q.is_cuda):
         from lpt_kernels import attention
 
         if attention.takes(plan.rows, plan.texts, plan.size, size):
@@ -347,7 +358,7 @@ def attend(
             most = plan.m if prompt_only else None
             return attention.attend(q, k, v, plan.cu_seqlens, plan.size, most=most, **how)
     if not q.is_cuda and q.dtype == k.dtype == v.dtype and plan.size <= PRODUCTS_UP_TO:
-        return _Products.apply(*arguments, prompt_only)
-    if q.is_cuda and half and size % 8 == 0 and _varlen() is not None:
+        return _Products.apply(*arguments, bias, prompt_only)
+    if bias is None and q.is_cuda and half and size % 8 == 0 and _varlen() is not None:
         return _by_varlen(*arguments)
-    return _by_sdpa(*arguments)
+    return _by_sdpa(*arguments, bias)

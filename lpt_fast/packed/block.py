@@ -24,6 +24,7 @@ class Block:
         scale: of the scores.
         causal: whether rows see only those before them.
         rotary: (cos, sin), [N, d] each, or None.
+        bias: added to scores by the places of query and key in their text, [H, S, S], or None.
         linear: whether `project` is, so that its gradient is the same for all rows.
         names: role of a linear layer in the block -> its name in the Hugging Face layer.
         parts_of: role -> its low-rank update.
@@ -35,6 +36,7 @@ class Block:
     causal = True
     linear = False
     rotary: tuple[Tensor, Tensor] | None = None
+    bias: Tensor | None = None
     names: ClassVar[dict[str, str]]
     parts_of: dict[str, Part] = {}  # noqa: RUF012 (none; `update` gives a block its own)
 
@@ -168,6 +170,7 @@ class Block:
             scale=self.scale,
             causal=self.causal,
             place=place,
+            bias=self.bias,
         )
         return x.index_select(0, rows), attended
 
@@ -189,6 +192,7 @@ class Block:
             scale=self.scale,
             causal=self.causal,
             prompt_only=first and not self.updated(*self.queries),
+            bias=self.bias,
         )
         return self.finish(x, attended)
 

@@ -97,9 +97,41 @@ class PostNormBlock(Block):
             scale=self.scale,
             causal=False,
             place=place,
+            bias=self.bias,
             key_part=self.parts_of.get("key"),
             value_part=self.parts_of.get("value"),
         )
+
+
+class MPNetBlock(PostNormBlock):
+    """MPNet: as BERT, with a bias of attention by distance. The prompt stands directly before the
+    text, so its rows are as far from the text's as tokens there would be.
+    """
+
+    names: ClassVar[dict[str, str]] = {
+        "query": "attention.attn.q",
+        "key": "attention.attn.k",
+        "value": "attention.attn.v",
+        "output": "attention.attn.o",
+        "up": "intermediate.dense",
+        "down": "output.dense",
+    }
+
+    def __init__(self, layer: nn.Module):
+        own = layer.attention.attn
+        self.query, self.key, self.value, self.output = own.q, own.k, own.v, own.o
+        self.norm = layer.attention.LayerNorm
+        self.up, self.act = layer.intermediate.dense, layer.intermediate.intermediate_act_fn
+        self.down, self.last_norm = layer.output.dense, layer.output.LayerNorm
+        self.heads = self.kv_heads = own.num_attention_heads
+        self.scale = own.attention_head_size**-0.5
+
+    @staticmethod
+    def parts(layer):
+        own = layer.attention.attn
+        linear = [own.q, own.k, own.v, own.o, layer.intermediate.dense, layer.output.dense]
+        norms = [layer.attention.LayerNorm, layer.output.LayerNorm]
+        return [*((m, nn.Linear) for m in linear), *((m, nn.LayerNorm) for m in norms)]
 
 
 class GPT2Block(Block):
@@ -283,6 +315,7 @@ BLOCKS: dict[str, Callable[[nn.Module], Block]] = {
     "RobertaModel": PostNormBlock,
     "XLMRobertaModel": PostNormBlock,
     "ElectraModel": PostNormBlock,
+    "MPNetModel": MPNetBlock,
     "GPT2Model": GPT2Block,
     "LlamaModel": LlamaBlock,
     "MistralModel": LlamaBlock,

@@ -75,6 +75,7 @@ def attend_one(
     scale: float,
     causal: bool,
     place: Tensor | None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention of one row of each text.
 
@@ -82,13 +83,14 @@ def attend_one(
         q: [B, H d].
         k, v: [N, Hk d].
         place: int64 [B], which token of its text each query is (it counts where `causal`).
-        plan, heads, kv_heads, scale, causal: as for `attend`.
+        plan, heads, kv_heads, scale, causal, bias: as for `attend`.
 
     Returns:
         [B, H d].
     """
     repeat, slices = heads // kv_heads, plan.heads(kv_heads).slices
     seen = _in_groups(place + 1 + plan.m, plan) if causal else None
+    biases = _bias_rows(bias, place, plan)
     k, v = to_heads(k, plan, kv_heads), to_heads(v, plan, kv_heads)
     q = _in_groups(q * scale, plan).view(plan.texts, kv_heads, repeat, -1)
     out = []
@@ -97,6 +99,8 @@ def attend_one(
         kg, vg = (_of_group(x, kv).view(n, group.size, -1) for x in (k, v))
         scores = torch.bmm(_of_group(q, group.numbers).flatten(0, 1), kg.transpose(1, 2))
         scores = scores.view(group.texts, kv_heads, repeat, group.size)
+        if biases is not None:
+            scores = scores + _bias_of(biases, group).view(-1, kv_heads, repeat, group.size)
         limit = None if seen is None else seen[group.numbers]
         p = _softmax(scores, plan, group, limit).to(vg.dtype)
         out.append(torch.bmm(p.flatten(0, 1), vg).view(group.texts, -1))
@@ -115,6 +119,7 @@ def attend_one_absorbed(
     scale: float,
     causal: bool,
     place: Tensor | None,
+    bias: Tensor | None = None,
     key_part: Part | None = None,
     value_part: Part | None = None,
 ) -> Tensor:
@@ -129,7 +134,7 @@ def attend_one_absorbed(
         q: [B, H d].
         x_places: [places, D], what keys and values would be made of, at padded places (`pick`).
         w_k, w_v: [H d, D]; b_v: [H d] or None.
-        plan, heads, scale, causal, place: as for `attend_one`.
+        plan, heads, scale, causal, place, bias: as for `attend_one`.
         key_part, value_part: updates of W_k and W_v, without dropout.
 
     Returns:
@@ -142,7 +147,8 @@ def attend_one_absorbed(
     seen = _in_groups(place + 1 + plan.m, plan) if causal else None
     with without_autocast(q):
         u = add_by_heads(_ByHeads.apply(q, w_k), q, key_part, transposed=True)  # [B, H, D]
-        pooled = _Absorbed.apply(u, x_places.to(dtype), plan, scale, seen)
+        biases = _bias_rows(bias, place, plan)
+        pooled = _Absorbed.apply(u, x_places.to(dtype), plan, scale, seen, biases)
         values = add_by_heads(_ByHeads.apply(pooled, w_v.transpose(1, 2)), pooled, value_part)
     values = _in_batch([values.flatten(1)], plan)
     return values if b_v is None else values + b_v
@@ -169,13 +175,15 @@ class _Absorbed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, u, x, plan, scale, seen):
+    def forward(ctx, u, x, plan, scale, seen, biases):
         with without_autocast(u):
             pooled, chances = torch.empty_like(u), []
             for group, rows in _rows_of(x, plan):
                 own = group.numbers
                 scores = u.new_empty(group.texts, u.shape[1], group.size)
                 _scaled(scores, u[own], rows.transpose(1, 2), scale)
+                if biases is not None:
+                    scores.add_(_bias_of(biases, group))
                 p = _softmax(scores, plan, group, None if seen is None else seen[own])
                 torch.bmm(p, rows, out=pooled[own])
                 chances.append(p)
@@ -198,7 +206,22 @@ class _Absorbed(torch.autograd.Function):
             if wanted:
                 torch.bmm(p.transpose(1, 2), d_pooled[own], out=d_rows)
                 d_rows.baddbmm_(ds.transpose(1, 2), u[own], alpha=ctx.scale)
-        return du, dx if wanted else None, None, None, None
+        return du, dx if wanted else None, *[None] * 4
+
+
+def _bias_rows(bias: Tensor | None, place: Tensor | None, plan: Plan) -> Tensor | None:
+    """Those of the queries in the order of the groups, [B, H, S]; one for all, [1, H, S], where
+    each is the first token of its text.
+    """
+    if bias is None or place is None:
+        return None if bias is None else bias[None, :, plan.m]
+    return bias[:, _in_groups(place + plan.m, plan)].transpose(0, 1)
+
+
+def _bias_of(rows: Tensor, group: Group) -> Tensor:
+    """Of a group's texts, [G or 1, H, S]."""
+    rows = rows if len(rows) == 1 else rows[group.numbers]
+    return rows[..., : group.size]
 
 
 def _by_heads(x: Tensor, weights: Tensor) -> Tensor:

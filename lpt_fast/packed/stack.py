@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.copies import LATE_PROMPT
-from ..backbone.families import Family, frozen_above, get_layers
+from ..backbone.families import Family, frozen_above, get_layers, shared_by_layers
 from ..backbone.fingerprint import is_quantised
 from ..backbone.low_rank import LowRank
 from ..backbone.watch import HOOKS, Watch, descendants, spine
@@ -89,7 +89,7 @@ def why_padded(
     watch = None if plain is None else plain.get(k)
     if watch is not None and watch.unchanged() and not watch.any_training():
         return None
-    parts = frozen_above(backbone, family, k)
+    parts = [*frozen_above(backbone, family, k), *shared_by_layers(backbone, family)]
     reason = _why_changed(block, layers, parts)
     if plain is not None:
         plain[k] = None if reason is not None else _watch(spine(backbone, family), parts)
@@ -212,10 +212,11 @@ def _run(backbone, family, k, rows, plan, positions, readout, place, held, updat
     layers = list(get_layers(backbone, family))[k:]
     make = block_type(backbone)
     rotary = _rotary(backbone, family, rows, positions)
+    bias = _position_bias(backbone, family, rows, plan)
     x = rows
     for i, layer in enumerate(layers):
         block = make(layer)
-        block.rotary = rotary
+        block.rotary, block.bias = rotary, bias
         if updates and k + i in updates:
             block.update(updates[k + i])
         first = i == 0
@@ -234,6 +235,16 @@ def _rotary(backbone: nn.Module, family: Family, rows: Tensor, positions: Tensor
         return None
     cos, sin = backbone.rotary_emb(rows, positions[None])
     return cos[0], sin[0]
+
+
+def _position_bias(backbone: nn.Module, family: Family, rows: Tensor, plan: Plan) -> Tensor | None:
+    """What attention adds to scores by distance, [H, S, S] for texts of S rows with their prompts
+    (MPNet), by the model's own code; frozen. The same for all layers, so it is made once a batch.
+    """
+    if not family.relative_bias:
+        return None
+    with torch.no_grad():
+        return backbone.encoder.compute_position_bias(rows.new_empty(1, plan.size, 1))[0]
 
 
 def project_first(

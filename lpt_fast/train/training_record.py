@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 FILE = "lpt_training.json"
 ADAPTER = "adapter_config.json"  # PEFT's; in checkpoints that were written before FILE was
 _OF_ADAPTER = ("insertion_layer", "generator", "num_virtual_tokens", "bottleneck_size")
-# (Checkpoints of before there was late LoRA do not name these.)
+# (Checkpoints of before there was late LoRA do not name these: they have none.)
 _OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 _SAMPLE = 16  # numbers of each parameter that the digest of a model looks at
 _LONG = 60  # characters of a value in a message
@@ -82,12 +82,14 @@ def read_facts(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if path.name == FILE:
-            return dict(content)
+            return {"lora_r": None, **content} if "generator" in content else dict(content)
         if content.get("peft_type") != "LPT":
             return {}
         names = content.get("id2label")
         facts = {name: content[name] for name in _OF_ADAPTER}
-        facts |= {name: content[name] for name in _OF_LORA if name in content}
+        facts |= {
+            name: content.get(name) for name in _OF_LORA if name in content or name == "lora_r"
+        }
         return facts | {"labels": None if names is None else [names[i] for i in _in_order(names)]}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(

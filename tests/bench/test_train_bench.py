@@ -25,7 +25,7 @@ from bench.train import plot_steps
 from bench.train import run as train_run
 from bench.train.accuracy import Limits, seconds_to, target_accuracy, train_curve
 from bench.train.data import Texts, drawn_texts, real_texts
-from bench.train.models import GRAPHS, OURS, contestants_of
+from bench.train.models import GRAPHS, OURS, RECIPES, contestants_of
 from bench.train.plot import draw
 from lpt_fast.cache.reader import RowReader
 from lpt_fast.cli.data import Collator
@@ -75,8 +75,16 @@ def test_train(source, tmp_path):
     # npg (r = 128, m = 5, D = 32), pooler and classifier; LoRA (4 layers, 2 places); prompts.
     head = 32 * 32 + 32 + 2 * 32 + 2
     npg = 128 * 32 + 128 + 5 * 32 * 128 + 5 * 32
+    # Late LoRA of layers 3 and 4: 4 places of D to D, one to 37 and one back.
+    lora = 2 * 8 * (4 * (32 + 32) + 2 * (32 + 37))
     for name in late:
-        assert steps[name]["trainable"] == head + npg
+        own = {"lpt_lora, k = 2": npg + lora, "late_lora, k = 2": lora}.get(name, npg)
+        assert steps[name]["trainable"] == head + own
+    beside = {line["name"]: line for line in lines_of(out, "late LoRA")}
+    for name in ("lpt_lora, k = 2", "late_lora, k = 2"):
+        line = beside[f"{name} over cached_held, k = 2"]
+        wanted = steps[name]["value"] / steps["cached_held, k = 2"]["value"]
+        assert line["value"] == pytest.approx(wanted, rel=1e-3) and line["target"] == 1.35
     assert steps["head"]["trainable"] == head
     assert steps["lora"]["trainable"] == head + 4 * 2 * 2 * 8 * 32
     assert steps["prompt_tuning"]["trainable"] == head + 20 * 32
@@ -87,7 +95,8 @@ def test_train(source, tmp_path):
         assert line["value"] == pytest.approx(wanted, rel=1e-3)
         assert line["target"] is None  # of another model
     held = {name: line for name, line in steps.items() if "held_MiB" in line}
-    assert list(held) == ["cached_held, k = 2"] and held["cached_held, k = 2"]["held_s"] > 0
+    assert sorted(held) == [f"{n}, k = 2" for n in ("cached_held", "late_lora", "lpt_lora")]
+    assert all(line["held_s"] > 0 for line in held.values())
     (build,) = (line for line in lines_of(out, "build") if "cache" in line["name"])
     assert build["value"] >= build["measured_s"] and build["measured_texts"] >= 16
     for line in lines_of(out, "payback"):
@@ -95,7 +104,8 @@ def test_train(source, tmp_path):
         wanted = pytest.approx(line["build_s"] / saved, rel=1e-2) if saved > 0 else None
         assert line["value"] == wanted
     gate = lines_of(out, "gate")
-    assert len(gate) == 4 * 3 + 3 + 4 and all(line["met"] for line in gate)
+    # Four ways and late LoRA with a prompt and alone; as timed; the others.
+    assert len(gate) == 4 * 3 + 4 + 3 + 5 + 4 and all(line["met"] for line in gate)
 
 
 @pytest.mark.slow
@@ -183,8 +193,8 @@ def test_who_is_wrong_is_not_timed(source, tmp_path, monkeypatch, broken, messag
     assert re.search(message, wrong), wrong
     timed = {line["name"].split(",")[0] for line in lines_of(out, "step")}
     names = {
-        "rows": {"cached", "cached_packed", "cached_held"},
-        "packed": {"uncached", "cached_packed", "cached_held"},
+        "rows": {"cached", "cached_packed", "cached_held", *RECIPES},
+        "packed": {"uncached", "cached_packed", "cached_held", *RECIPES},
     }.get(broken, {broken})
     # The others are.
     assert timed == {n for n, _ in train_models.contestants_of("fp32", "cpu")} - names
@@ -289,6 +299,7 @@ def test_contestants():
         "cached",
         "cached_packed",
         "cached_held",
+        *RECIPES,
     ]
 
 

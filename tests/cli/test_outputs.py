@@ -10,11 +10,11 @@ import pytest
 
 from lpt_fast.cli.arguments import (
     EvalArguments,
-    PrecomputeArguments,
     PredictArguments,
     TrainArguments,
 )
 from lpt_fast.cli.outputs import check_file, check_folder, whole_file
+from lpt_fast.cli.precompute_arguments import PrecomputeArguments
 from lpt_fast.cli.settings import merge
 from tests.cli.cases import ROWS, invoke, refused, write_tsv
 

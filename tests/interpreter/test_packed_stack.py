@@ -18,7 +18,7 @@ M = 3
 CASES = [("bert", "npg"), ("gpt2", "mppg"), ("llama", "appg"), ("qwen3", "static")]
 
 
-def made(family, generator, k, head, device, dtype=torch.float32):
+def made(family, generator, k, head, device, dtype=torch.float32, **more):
     base = tiny(family, head, hidden_dropout_prob=0.0) if family == "bert" else tiny(family, head)
     config = lpt(
         task_type=head,
@@ -26,9 +26,14 @@ def made(family, generator, k, head, device, dtype=torch.float32):
         generator=generator,
         num_virtual_tokens=M,
         prompt_dropout=0.0,
+        **more,
     )
     model = get_peft_model(base.to(dtype), config)
     stir(model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".lpt_lora." in name:  # updates are smaller than what they update
+                p.mul_(0.3)
     return model.eval().to(device)
 
 
@@ -49,7 +54,19 @@ def outcome(model, upper, inputs):
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize(("family", "generator"), CASES)
 def test_equals_the_padded_way(family, generator, k, head, device):
-    model = made(family, generator, k, head, device)
+    assert_equal_ways(made(family, generator, k, head, device), device)
+
+
+@pytest.mark.parametrize("generator", ["npg", "none"])
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("family", [family for family, _ in CASES])
+def test_late_lora(family, k, generator, device):
+    """Updates of all linear layers, beside the kernels of the frozen ones."""
+    more = {"lora_r": 2, "lora_target_modules": "all-linear"}
+    assert_equal_ways(made(family, generator, k, "SEQ_CLS", device, **more), device)
+
+
+def assert_equal_ways(model, device):
     inputs = {name: value.to(device) for name, value in batch().items()}
     expected, got = outcome(model, "padded", inputs), outcome(model, "packed", inputs)
     torch.testing.assert_close(got[0], expected[0], atol=1e-5, rtol=1e-5)

@@ -57,7 +57,11 @@ def test_refused_model_is_left_as_it_was():
 
 def test_defaults():
     config = LPTConfig(task_type="SEQ_CLS")
-    assert (config.num_virtual_tokens, config.generator, config.bottleneck_size) == (5, "npg", 128)
+    assert (config.num_virtual_tokens, config.generator, config.bottleneck_size) == (
+        10,
+        "mppg",
+        128,
+    )
     model = get_peft_model(tiny("bert", "SEQ_CLS", hidden_dropout_prob=0.3), config)
     assert model.peft_config["default"].insertion_layer == 2
     generator = model.get_base_model().bert.late_prompt.lpt_generator["default"]
@@ -109,8 +113,8 @@ def test_json_round_trip(tmp_path):
 def test_the_command_line_knows_the_same_choices():
     """It has its own lists, for it starts before PEFT is imported."""
     from lpt_fast.cache import shard
-    from lpt_fast.cli import arguments
+    from lpt_fast.cli import arguments, precompute_arguments
     from lpt_fast.method import config
 
     assert arguments.UPPER == config.UPPER
-    assert set(arguments.STORES) == set(shard.STORES)
+    assert set(precompute_arguments.STORES) == set(shard.STORES)

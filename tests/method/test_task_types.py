@@ -14,7 +14,7 @@ from lpt_fast.backbone.families import find_backbone
 from tests.oracle import late_prompt_by_hand
 from tests.tiny import CAUSAL, batch, tiny
 
-ENCODERS = ["bert", "roberta", "electra", "deberta", "deberta-v2", "modernbert"]
+ENCODERS = ["bert", "roberta", "electra", "mpnet", "deberta", "deberta-v2", "modernbert"]
 M = 3
 
 

@@ -107,7 +107,7 @@ class Sieve(nn.Dropout):
         return x * keep.to(x.dtype) * 1.5 if self.training else x
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "gpt2", "llama", "qwen3"])
 def test_dropout_of_the_updates(family):
     for k in (1, LAYERS - 1):
         for more in ({}, ALONE):
@@ -190,7 +190,7 @@ def test_held_projections(family, prompt, tmp_path):
     torch.testing.assert_close(plain[0], expected[0], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "qwen3"])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "gpt2", "qwen3"])
 @pytest.mark.parametrize("prompt", [{}, ALONE], ids=["npg", "alone"])
 def test_cuda_graphs_imitated(family, prompt, monkeypatch):
     base, model = adapted(family, **prompt, **ALL)

@@ -18,7 +18,7 @@ from tests.method.cases import M, adapted, cached
 from tests.packed.cases import HEADS, assert_same, labels_for, outcome, pair, still
 from tests.tiny import CAUSAL, LAYERS, PAD, batch, tiny
 
-ENCODERS = ["bert", "roberta", "xlm-roberta", "electra"]
+ENCODERS = ["bert", "roberta", "xlm-roberta", "electra", "mpnet"]
 DECODERS = ["gpt2", "llama", "mistral", "qwen2", "qwen3"]
 CASES = [
     *((family, head) for family in ENCODERS for head in [*HEADS, "MASKED_LM"]),

@@ -19,6 +19,7 @@ def model_of(family="bert", kind="SEQ_CLS", seed=3, dropout=0.0, **config):
     settings = {
         "task_type": None if kind == "MASKED_LM" else kind,
         "insertion_layer": K,
+        "generator": "npg",
         "bottleneck_size": 8,
         "num_virtual_tokens": 3,
         "prompt_dropout": dropout,
@@ -160,7 +161,8 @@ def accuracy(prediction):
 def new_model(family="bert", **config):
     base = tiny(family, "SEQ_CLS")
     torch.manual_seed(3)
-    settings = {"bottleneck_size": 8, "num_virtual_tokens": 3, "task_type": "SEQ_CLS", **config}
+    settings = {"generator": "npg", "bottleneck_size": 8, "num_virtual_tokens": 3}
+    settings |= {"task_type": "SEQ_CLS", **config}
     return get_peft_model(base, LPTConfig(**settings))
 
 

@@ -27,7 +27,8 @@ def model_with(names=("bad", "good"), change=None, moved=None, **config):
         with torch.no_grad():
             change(base)
     torch.manual_seed(3)
-    settings = {"insertion_layer": 2, "bottleneck_size": 8, "num_virtual_tokens": 3, **config}
+    settings = {"generator": "npg"}
+    settings |= {"insertion_layer": 2, "bottleneck_size": 8, "num_virtual_tokens": 3, **config}
     return get_peft_model(base, LPTConfig(task_type="SEQ_CLS", **settings))
 
 
@@ -57,6 +58,10 @@ def test_what_a_checkpoint_says(stopped):
         "generator": "npg",
         "num_virtual_tokens": 3,
         "bottleneck_size": 8,
+        "lora_r": None,
+        "lora_alpha": None,
+        "lora_dropout": 0.0,
+        "lora_target_modules": None,
         "dtype": "float32",
         "task": "films",
         "max_length": 32,
