@@ -34,6 +34,7 @@ from .all_arguments import hand_on_all
 from .config import LPT, NO_PROMPT, PREFIX, LPTConfig
 from .filling_in import fill_in
 from .labels import set_labels
+from .late_lora import lora_targets, merge_lora
 from .late_prompt import NO_MERGE, LatePrompt
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -116,7 +117,7 @@ class LPTModel(BaseTuner):
             return
         names = {other: updates.names for other, updates in late.lpt_lora.items()}
         if peft_config.lora_r is not None:
-            names[adapter_name] = [found[:2] for found in late.lora_targets(peft_config)]
+            names[adapter_name] = [found[:2] for found in lora_targets(late, peft_config)]
         for owner, targets in names.items():
             for layer, module in targets:
                 full = f"{layer}.{module}.lora_A.weight"
@@ -312,7 +313,7 @@ class LPTModel(BaseTuner):
         if merge:
             self._check_merge_allowed()
             merged = self._check_merged_names(late, adapter_names)
-            late.merge_lora(merged, safe_merge)
+            merge_lora(late, merged, safe_merge)
         if late is not None:
             late.detach()
         if merge and late.lpt_config[merged].num_labels:

@@ -1,4 +1,6 @@
-"""Late LoRA with PEFT's verbs: files, several adapters, copies, merging, dtypes, generation."""
+"""Late LoRA with PEFT's verbs, farther than test_late_lora.py: all kinds of files, adapters side by
+side, half precision, checkpointing, generation.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import torch
 from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from lpt_fast.backbone.families import find_backbone, get_layers
+from lpt_fast.backbone.families import find_backbone
 from lpt_fast.backbone.low_rank import LowRank
 from tests.adapters import lpt, needs_own_adapters, stir
 from tests.method.cases import text_batch
@@ -108,24 +110,6 @@ def test_the_configuration_in_the_file(tmp_path):
     assert "| late LoRA | rank 2 on query, value |" in card
 
 
-def test_folders_from_before_late_lora(tmp_path):
-    """An adapter whose configuration does not know the fields is one without."""
-    base = tiny("bert", "SEQ_CLS")
-    model = get_peft_model(copy.deepcopy(base), lpt(task_type="SEQ_CLS")).eval()
-    stir(model)
-    model.save_pretrained(tmp_path)
-    path = tmp_path / "adapter_config.json"
-    content = json.loads(path.read_text())
-    old = {name: content[name] for name in content if not name.startswith("lora_")}
-    assert len(content) - len(old) == 4
-    path.write_text(json.dumps(old))
-    assert not any("lora" in n for n in load_file(tmp_path / "adapter_model.safetensors"))
-    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-    same(logits(loaded), logits(model))
-    assert loaded.peft_config["default"].lora_r is None and not late_of(loaded).lpt_lora
-    assert "late LoRA" not in (tmp_path / "README.md").read_text()
-
-
 def test_a_file_without_the_updates_is_told_of(tmp_path):
     """As PEFT does of any adapter."""
     model = model_of()
@@ -174,27 +158,6 @@ def test_transformers_own_adapter_methods(prompt, tmp_path):
 
 
 # -- the config object -----------------------------------------------------------------------------
-
-
-def test_filled_in_place_and_reused():
-    config = config_of(insertion_layer=None)
-    first = get_peft_model(tiny("bert", "SEQ_CLS"), config)
-    assert first.peft_config["default"] is config
-    assert (config.lora_target_modules, config.lora_alpha) == (["query", "value"], None)
-    assert get_peft_model(tiny("roberta", "SEQ_CLS"), config).peft_config["default"].lora_r == 2
-    second = get_peft_model(tiny("gpt2", "SEQ_CLS", n_layer=6), config)
-    own = second.peft_config["default"]
-    assert (own.lora_target_modules, own.insertion_layer) == (["c_attn"], 3)
-    assert config.lora_target_modules == ["query", "value"] and config.insertion_layer == 2
-    third = get_peft_model(tiny("t5", "SEQ_CLS"), copy.deepcopy(config))
-    assert sorted(third.peft_config["default"].lora_target_modules) == ["q", "v"]
-    for model, name in ((first, "query"), (second, "c_attn"), (third, "q")):
-        assert any(f".{name}.lora_A." in n for n, _ in model.named_parameters())
-    # What was given stays what was given.
-    config = config_of(lora_target_modules=["key"])
-    for family in ("bert", "roberta"):
-        get_peft_model(tiny(family, "SEQ_CLS"), config)
-    assert config.lora_target_modules == ["key"]
 
 
 def test_a_refused_config_stays_as_it_was():
@@ -304,20 +267,6 @@ def test_names_that_parameters_have_are_refused(name):
     get_peft_model(tiny("bert", "SEQ_CLS"), config_of(), adapter_name=name)
 
 
-@WAYS
-def test_deepcopy(prompt):
-    model = model_of(**prompt)
-    before = logits(model)
-    twin = copy.deepcopy(model)
-    same(logits(twin), before)
-    with torch.no_grad():
-        for module in twin.modules():
-            if isinstance(module, LowRank):
-                module.lora_B.weight.mul_(2)
-    assert not torch.allclose(logits(twin), before, atol=1e-4)
-    same(logits(model), before)
-
-
 def test_folding_keeps_late_lora(tmp_path):
     base = tiny("bert", "SEQ_CLS")
     model = model_of(base=base, generator="residual", prompt_dropout=0.0)
@@ -394,21 +343,6 @@ def test_gradient_checkpointing(family, reentrant):
     assert calls[1] == 2 * calls[0] > 0
     for name, grad in grads[0].items():
         assert (grads[1][name] - grad).norm() <= 1e-5 * grad.norm() + 1e-7, name
-
-
-@WAYS
-def test_upper_dropout(prompt):
-    model = model_of(upper_dropout=True, prompt_dropout=0.0, **prompt)
-    layers = get_layers(*find_backbone(model)[1:])
-    model.train()
-    assert [layer.training for layer in layers] == [False, False, True, True]
-    drawn = [logits(model) for _ in range(2)]
-    assert not torch.allclose(*drawn)
-    model(**batch(), labels=torch.tensor([0, 1, 0, 1, 1])).loss.backward()
-    for name, p in model.named_parameters():
-        assert (p.grad is not None and p.grad.any()) == p.requires_grad, name
-    model.eval()
-    same(logits(model), logits(model))
 
 
 # -- generation ------------------------------------------------------------------------------------
