@@ -24,7 +24,7 @@ def shallow_copy(module: nn.Module, keep_hooks: bool = True) -> nn.Module:
         keep_hooks: False drops forward hooks, which users put on the whole backbone and not on a
             half of it.
     """
-    clone = module.__class__.__new__(module.__class__)
+    clone = object.__new__(module.__class__)  # (FSDP's classes make something else in __new__)
     clone.__dict__.update(module.__dict__)
     clone.__dict__.pop("forward", None)
     clone._modules = dict(module._modules)

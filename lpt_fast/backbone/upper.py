@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import Tensor, nn
 
 from ..insertion.padded_layout import PromptLayout
@@ -89,6 +90,10 @@ def build_upper(
     return upper
 
 
+def _checkpoints(upper: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in upper.modules())
+
+
 def run_upper(
     backbone: nn.Module,
     family: Family,
@@ -118,6 +123,9 @@ def run_upper(
         The backbone's usual output; its rows still hold the prompt.
     """
     upper = build_upper(backbone, family, k, training, updates)
+    if training and torch.is_grad_enabled() and not rows.requires_grad and _checkpoints(upper):
+        # Reentrant checkpointing gives weights a gradient only where an input has one.
+        rows = rows.detach().requires_grad_()
     if family.takes_positions:
         kwargs["position_ids"] = position_ids
     cache = given_cache(kwargs)

@@ -14,7 +14,7 @@ from torch import nn
 from ..backbone.arguments import TEXT, cache_name, check_known
 from ..backbone.copies import LATE_PROMPT
 from ..backbone.families import Family, get_layers, is_language_model
-from ..backbone.low_rank import LowRank, LowRankUpdates, find_targets, merged_weight
+from ..backbone.low_rank import LowRank
 from ..backbone.lower import run_lower
 from ..backbone.watch import Modes, Watch
 from . import cached_call as cached
@@ -23,6 +23,7 @@ from .config import LPTConfig, check_upper
 from .context import Context, parameter_names
 from .generators import PromptGenerator, build_generator
 from .labels import get_labels, set_labels
+from .late_lora import build_lora
 from .packed_call import run_call, takes_packed
 from .padded_call import capture, run_padded
 from .readout import READOUT, SHIFTED, checked_places, narrow_labels
@@ -127,7 +128,7 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         generator = build_generator(config, backbone.config.hidden_size, dropout, family.causal)
         parts = {self.lpt_generator: generator}
         if config.lora_r is not None:
-            parts[self.lpt_lora] = self._build_lora(config)
+            parts[self.lpt_lora] = build_lora(self, config)
         weight = next(get_layers(backbone, family)[config.insertion_layer - 1].parameters())
         on_meta = False
         for adapters, part in parts.items():
@@ -144,33 +145,11 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         if config.init_from_vocab and not on_meta and not inference_mode:
             self._init_from_vocab(generator, config)
 
-    def _build_lora(self, config: LPTConfig) -> LowRankUpdates:
-        targets = self.lora_targets(config)
-        alpha = 2 * config.lora_r if config.lora_alpha is None else config.lora_alpha
-        return LowRankUpdates(targets, config.lora_r, alpha, config.lora_dropout)
-
-    def lora_targets(self, config: LPTConfig) -> list[tuple[int, str, nn.Module]]:
-        """The layers that late LoRA updates, as of `find_targets`."""
-        name = next(n for n, module in self.root.named_modules() if module is self.backbone)
-        k, wanted = config.insertion_layer, config.lora_target_modules
-        return find_targets(name, self.backbone, self.family, k, wanted)
-
     def freeze(self, adapter_name: str) -> None:
         """Of an adapter nothing trains."""
         for adapters in (self.lpt_generator, self.lpt_lora):
             if adapter_name in adapters:
                 adapters[adapter_name].requires_grad_(False)
-
-    def merge_lora(self, adapter_name: str, safe: bool) -> None:
-        """Adds an adapter's late LoRA to the frozen weights: to all or, where one cannot take it
-        (ValueError of `merged_weight`), to none.
-        """
-        updates = self.updates(adapter_name)
-        targets = self.lora_targets(self.lpt_config[adapter_name])
-        merged = [merged_weight(m, updates[layer][name], safe) for layer, name, m in targets]
-        with torch.no_grad():
-            for (*_, module), weight in zip(targets, merged, strict=True):
-                module.weight.copy_(weight)
 
     def updates(self, adapter_name: str) -> dict[int, dict[str, LowRank]]:
         """The adapter's late LoRA, by the number of the layer (from 0) and the name in it."""

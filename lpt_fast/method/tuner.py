@@ -34,6 +34,7 @@ from .all_arguments import hand_on_all
 from .config import LPT, NO_PROMPT, PREFIX, LPTConfig
 from .filling_in import fill_in
 from .labels import set_labels
+from .late_lora import lora_targets, merge_lora
 from .late_prompt import NO_MERGE, LatePrompt
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -106,6 +107,28 @@ class LPTModel(BaseTuner):
                 )
         k = peft_config.insertion_layer
         find_targets(name, backbone, family, k, peft_config.lora_target_modules)
+
+    def _check_name(self, adapter_name: str, peft_config: LPTConfig) -> None:
+        """Refuses names that other adapters' late LoRA has in those of its parameters: PEFT takes
+        such a parameter for one of this adapter and leaves it out of the other's file.
+        """
+        late = self._late_prompt()
+        if late is None:
+            return
+        names = {other: updates.names for other, updates in late.lpt_lora.items()}
+        if peft_config.lora_r is not None:
+            names[adapter_name] = [found[:2] for found in lora_targets(late, peft_config)]
+        for owner, targets in names.items():
+            for layer, module in targets:
+                full = f"{layer}.{module}.lora_A.weight"
+                parts = {*full.split("."), "lora_B"}
+                for name in {*late.lpt_generator, adapter_name} - {owner}:
+                    if name in parts:
+                        raise ValueError(
+                            f"The adapter name {name!r} is part of the parameter {full} of late "
+                            f"LoRA in {owner!r}, which PEFT would leave out of that adapter's "
+                            "file; choose another name."
+                        )
 
     def _check_trainable(self, peft_config: LPTConfig, backbone: nn.Module, family: Family) -> None:
         """Refuses modules_to_save at or below the insertion, which no gradient ever reaches."""
@@ -182,7 +205,12 @@ class LPTModel(BaseTuner):
         gave, or into a copy of it where it serves another model already with other values.
         """
         config = self.peft_config[adapter_name]
-        self.peft_config[adapter_name] = fill_in(config, self._fill)
+
+        def fill(own: LPTConfig) -> None:
+            self._fill(own)
+            self._check_name(adapter_name, own)
+
+        self.peft_config[adapter_name] = fill_in(config, fill)
         # Where the prompt goes follows from the config alone; a state dict has nothing to add.
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         self._fit_head(adapter_name)
@@ -285,7 +313,7 @@ class LPTModel(BaseTuner):
         if merge:
             self._check_merge_allowed()
             merged = self._check_merged_names(late, adapter_names)
-            late.merge_lora(merged, safe_merge)
+            merge_lora(late, merged, safe_merge)
         if late is not None:
             late.detach()
         if merge and late.lpt_config[merged].num_labels:

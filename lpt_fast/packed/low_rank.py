@@ -120,10 +120,12 @@ def add_by_heads(out: Tensor, x: Tensor, part: Part | None, transposed: bool = F
     if part is None:
         return out
     a, b = part.weights(out.dtype)
-    heads = out.shape[1]
+    texts, heads = out.shape[:2]
     b = b.view(heads, -1, b.shape[1]) * part.update.scaling  # [H, d, r]
+    # (By `mm`: how `matmul` computes these depends on whether A trains, and so would the bits.)
     if transposed:
         inner = torch.bmm(x.transpose(0, 1), b)  # [H, B, r]
-        return out + torch.matmul(inner, a).transpose(0, 1)
-    inner = torch.matmul(x.transpose(0, 1), a.t())  # [H, B, r]
-    return out + torch.bmm(inner, b.transpose(1, 2)).transpose(0, 1)
+        more = torch.mm(inner.flatten(0, 1), a).view(heads, texts, -1)
+        return out + more.transpose(0, 1)
+    inner = torch.mm(x.flatten(0, 1), a.t()).view(texts, heads, -1)  # [B, H, r]
+    return out + torch.bmm(inner.transpose(0, 1), b.transpose(1, 2)).transpose(0, 1)

@@ -43,13 +43,15 @@ def fill(root, count: int) -> None:
     )
 
 
-def adapted():
-    """The model, the same in every process; nothing in it is random in training."""
+def adapted(**more):
+    """The model, the same in every process; nothing in it is random in training. `more` is for the
+    adapter's configuration.
+    """
     base = tiny("bert", "SEQ_CLS")
     base.config.hidden_dropout_prob = base.config.classifier_dropout = 0.0
     torch.manual_seed(3)
     settings = {"bottleneck_size": 8, "num_virtual_tokens": 3, "prompt_dropout": 0.0}
-    config = LPTConfig(task_type="SEQ_CLS", insertion_layer=K, upper_dropout=False, **settings)
+    config = LPTConfig(task_type="SEQ_CLS", insertion_layer=K, upper_dropout=False, **settings | more)
     made = get_peft_model(base, config)
     for module in made.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -87,7 +89,7 @@ class StopAt(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def train(cache, out, count=50, batch=8, checkpoint=None, stop=0, pause=0.0, **more) -> dict:
+def train(cache, out, count=50, batch=8, checkpoint=None, stop=0, pause=0.0, adapter=None, **more) -> dict:
     """Trains two epochs, or goes on from a checkpoint.
 
     Args:
@@ -98,10 +100,11 @@ def train(cache, out, count=50, batch=8, checkpoint=None, stop=0, pause=0.0, **m
         checkpoint: to go on from.
         stop: step after which to save and end.
         pause: seconds after each step.
+        adapter: more of its configuration.
         more: training arguments.
     """
     data = examples(count)
-    adapted_model = adapted()
+    adapted_model = adapted(**adapter or {})
     opened = ActivationCache.open(cache, adapted_model)
 
     settings = {"learning_rate": 5e-3, "num_train_epochs": 2, "logging_steps": 1, "seed": 7}

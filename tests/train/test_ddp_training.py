@@ -127,6 +127,22 @@ def test_several_processes_train_as_one(cache, whole, tmp_path, world):
         assert one["losses"] == told[0]["losses"] and one["weights"] == told[0]["weights"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("generator", ["npg", "none"])
+def test_late_lora_on_several_processes(cache, whole, tmp_path, generator):
+    """Updates are averaged over processes as all that trains, from the cache of another adapter."""
+    how = {"generator": generator, "lora_r": 2, "lora_target_modules": "all-linear"}
+    how = {"cache": cache, "count": COUNT, "adapter": how}
+    (one,) = run(1, out=tmp_path / "one", batch=BATCH, **how)
+    told = run(2, out=tmp_path / "two", batch=BATCH // 2, **how)
+    assert_close(told[0], one)
+    assert told[1]["weights"] == told[0]["weights"]
+    assert epochs_of(told) == epochs_of([one]) == epochs_of([whole])
+    assert one["losses"][-1] != whole["losses"][-1]
+    names = [name for name in one["weights"] if "lora_B" in name]
+    assert len(names) == 2 * 6 and all(any(one["weights"][name]) for name in names)
+
+
 @pytest.fixture(scope="module")
 def stopped(cache, tmp_path_factory):
     """Under torchrun, on two processes, until after step 10: the third of the second epoch."""

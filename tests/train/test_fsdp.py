@@ -46,13 +46,13 @@ def trained(model, out, batch, **named) -> dict:
     }
 
 
-def sharded(rank, port, out) -> None:
+def sharded(rank, port, out, config) -> None:
     """In a child: one of two processes."""
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in variables.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
     torch.distributed.init_process_group("gloo")
-    model = shard_frozen(adapted())
+    model = shard_frozen(adapted(**config))
     own = sum(p.to_local().numel() for p in model.parameters() if is_sharded(p))
     all_ = sum(p.numel() for p in model.parameters() if is_sharded(p))
     whole = [n for n, p in model.named_parameters() if not is_sharded(p) and not p.requires_grad]
@@ -62,11 +62,15 @@ def sharded(rank, port, out) -> None:
     torch.distributed.destroy_process_group()
 
 
+LORA = {"lora_r": 2, "lora_target_modules": "all-linear"}
+
+
 @pytest.mark.slow
-def test_two_processes_with_a_part_each(tmp_path):
-    expected = trained(adapted(), tmp_path / "one", batch=8)
+@pytest.mark.parametrize("config", [{}, LORA, {**LORA, "generator": "none"}])
+def test_two_processes_with_a_part_each(tmp_path, config):
+    expected = trained(adapted(**config), tmp_path / "one", batch=8)
     port = free_port()
-    children = [Child(sharded, rank, port, tmp_path / "two") for rank in range(2)]
+    children = [Child(sharded, rank, port, tmp_path / "two", config) for rank in range(2)]
     told = [child.wait(60) for child in children]
     assert [child.end() for child in children] == [0, 0]
     for one in told:
