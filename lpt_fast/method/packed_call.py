@@ -311,5 +311,10 @@ def run_call(late, call: Call, inputs: dict, kwargs: dict):
         mask = inputs.get("attention_mask")
         tokens = None if mask is None else mask.bool()
         positions = inputs.get("position_ids")
+        if positions is None and tokens is not None and late.family.takes_positions:
+            # Columns from the first token's on, as the model's own code turns them: over a hole in
+            # the mask too.
+            column = torch.arange(tokens.shape[1], device=tokens.device)
+            positions = column - tokens.int().argmax(1, keepdim=True)
         rows = Rows.of_text(hidden.last_hidden_state, tokens, positions, m)
     return forward_packed(late, call, rows, ids)

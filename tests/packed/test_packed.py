@@ -229,6 +229,21 @@ def test_a_classifier_of_a_decoder_reads_what_transformers_reads(family):
     assert torch.equal(outcome(model, "auto", **inputs)[0], expected[0])
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", ["roberta", "mpnet", "gpt2", "llama", "qwen3"])
+def test_masks_with_holes(family, side):
+    """Positions go on over tokens in the middle of a text that are not attended to."""
+    model = still(pair(family, "TOKEN_CLS", torch.float64)[1])
+    inputs = batch(side)
+    inputs["attention_mask"][0, 3:5] = 0
+    inputs["attention_mask"][2, 6] = 0
+    at = inputs["attention_mask"].bool()
+    expected = outcome(model, "padded", at, **inputs)
+    # (Rotary angles are fp32 in any dtype, and others where padding on the left counts.)
+    exact = side == "right" or family not in ("llama", "qwen3")
+    assert_same(outcome(model, "packed", at, **inputs), expected, 1e-12 if exact else 1e-5)
+
+
 @pytest.mark.parametrize("family", ENCODERS)
 def test_a_head_that_reads_the_first_column_gets_it(family):
     """Padded on the left, that is padding: such batches run the padded way."""
