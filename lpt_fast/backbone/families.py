@@ -44,6 +44,8 @@ class Family:
             "". Prompt rows stand as the m places directly before the text's first token.
         positions_after_padding: whether learned positions start behind the padding token's id
             (RoBERTa), so that the table has that many places less.
+        padding_id: that id where the model's code has it fast, whatever its config says; None: it
+            is the config's.
         dropout_keys: config fields that may hold the hidden dropout, the first found counts.
     """
 
@@ -59,13 +61,14 @@ class Family:
     first_layer_extra: str = ""
     relative_bias: str = ""
     positions_after_padding: bool = False
+    padding_id: int | None = None
     dropout_keys: tuple[str, ...] = ("hidden_dropout_prob",)
 
     def max_length(self, config) -> int | None:
         """Most tokens that the backbone takes; None where nothing limits it (T5)."""
         places = getattr(config, "max_position_embeddings", None)
         if places is not None and self.positions_after_padding:
-            places -= config.pad_token_id + 1
+            places -= (config.pad_token_id if self.padding_id is None else self.padding_id) + 1
         return places
 
     def default_dropout(self, config) -> float:
@@ -156,6 +159,7 @@ FAMILIES: dict[str, Family] = {
         "MPNet",
         pooler="pooler",
         positions_after_padding=True,
+        padding_id=1,
         relative_bias="encoder.relative_attention_bias",
     ),
     "DebertaModel": _encoder("DeBERTa"),

@@ -190,7 +190,9 @@ def config_fields(place: Place) -> dict[str, Any]:
     """The fields of the backbone's configuration that can move a hidden state below the cut."""
     content = place.backbone.config.to_dict()
     kept = {k: v for k, v in content.items() if not _IGNORED.fullmatch(k)}
-    if place.family.positions_after_padding:  # the padding id says where positions begin
+    family = place.family
+    if family.positions_after_padding and family.padding_id is None:
+        # It says where positions begin.
         kept["pad_token_id"] = content.get("pad_token_id")
     return _jsonable(kept)
 

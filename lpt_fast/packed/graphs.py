@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..backbone.families import frozen_above, get_layers
+from ..backbone.families import frozen_above, get_layers, shared_by_layers
 from .attention import autocast_dtype
 from .graph_passes import CudaCapture, NoRoom, Passes, Turn, replay
 from .plan import Plan
@@ -169,7 +169,10 @@ class _Model:
 
     def __init__(self, late, name: str):
         layer = late.lpt_config[name].insertion_layer
-        modules = frozen_above(late.backbone, late.family, layer)
+        modules = [
+            *frozen_above(late.backbone, late.family, layer),
+            *shared_by_layers(late.backbone, late.family),
+        ]
         self._frozen = [p for module in modules for p in module.parameters()]
         self._layers = self._last(late)
         dtypes = {p.dtype for p in self._frozen}

@@ -78,7 +78,7 @@ def test_first_and_last_insertion_layer(family, k):
 @pytest.mark.parametrize("m", [1, 3, 5, 20])
 @pytest.mark.parametrize("side", ["right", "left", "none"])
 @pytest.mark.parametrize("kind", GENERATORS)
-@pytest.mark.parametrize("family", ["roberta", "gpt2"])
+@pytest.mark.parametrize("family", ["roberta", "mpnet", "gpt2"])
 def test_every_generator(family, kind, side, m):
     compare_with_oracle(family, None, side, k=2, kind=kind, m=m)
 
@@ -116,7 +116,7 @@ def test_padding_does_not_matter(family):
         alone = split_output(model, {"input_ids": ids})[0]
         inside = split_output(model, right)[row, :n]
         torch.testing.assert_close(inside, alone, atol=1e-5, rtol=1e-5)
-    if family not in ("gpt2", "bert", "roberta", "xlm-roberta", "electra"):
+    if family not in ("gpt2", "bert", "roberta", "xlm-roberta", "electra", "mpnet"):
         # Absolute positions count padding on the left, in the base model already, unless
         # position_ids are given.
         for row, n in enumerate(length):

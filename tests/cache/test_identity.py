@@ -357,3 +357,35 @@ def test_adapters_below_the_cut(layers, refused, frozen, tmp_path):
 def test_a_padding_id_counts_where_positions_do():
     assert PAD == 0 and digest(tiny("bert")) == digest(tiny("bert", pad_token_id=3))
     assert digest(tiny("roberta")) != digest(tiny("roberta", pad_token_id=3))
+    # (Its code takes 1 for it, whatever the config says.)
+    assert digest(tiny("mpnet")) == digest(tiny("mpnet", pad_token_id=3))
+
+
+SHARED = [
+    ("deberta", "encoder.rel_embeddings.weight"),
+    ("deberta-v2", "encoder.rel_embeddings.weight"),
+    ("deberta-v2", "encoder.LayerNorm.weight"),
+    ("deberta-v2", "encoder.LayerNorm.bias"),
+    ("mpnet", "encoder.relative_attention_bias.weight"),
+]
+
+
+@pytest.mark.parametrize(("family", "name"), SHARED)
+def test_what_all_layers_share_counts(family, name, tmp_path):
+    """Tables beside the list of layers act below the cut as well as above it."""
+    model, other = tiny(family), tiny(family)
+    assert digest(model) == digest(other)
+    cache, rows = filled(tmp_path, model, ragged())
+    with torch.no_grad():
+        table = other.get_parameter(name)
+        table.add_(torch.randn(table.shape, generator=torch.Generator().manual_seed(0)))
+    assert digest(model) != digest(other)
+    with pytest.raises(CacheError, match="expected of this model"):
+        cache.ensure(other, ragged())
+    mine, own = filled(tmp_path, other, ragged())
+    assert_rows(mine, own, [alone(other, example, K) for example in ragged()])
+    assert not torch.allclose(mine.read(own).hidden, cache.read(rows).hidden, atol=1e-4)
+    adapted = get_peft_model(model, lpt(insertion_layer=K))
+    find_backbone(adapted)[1].get_parameter(name).requires_grad_(True)
+    with pytest.raises(CacheError, match=rf"The weight {name} at or below layer 2 trains"):
+        ActivationCache.open(tmp_path, adapted)

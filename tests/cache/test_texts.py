@@ -203,6 +203,7 @@ def test_what_is_refused(model, message, tmp_path):
     [
         ("bert", 64, 64, 2),
         ("roberta", 63, 64, 2),  # its positions begin behind the padding id
+        ("mpnet", 62, 64, None),  # behind 1, whatever the padding id
         ("gpt2", 64, 64, VOCAB),
         ("opt", 64, 64, None),
         ("llama", 64, None, None),

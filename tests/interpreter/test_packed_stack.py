@@ -15,11 +15,15 @@ from tests.adapters import lpt, stir
 from tests.tiny import batch, tiny
 
 M = 3
-CASES = [("bert", "npg"), ("gpt2", "mppg"), ("llama", "appg"), ("qwen3", "static")]
+CASES = [
+    *(("bert", "npg"), ("mpnet", "appg")),
+    *(("gpt2", "mppg"), ("llama", "appg"), ("qwen3", "static")),
+]
 
 
 def made(family, generator, k, head, device, dtype=torch.float32, **more):
-    base = tiny(family, head, hidden_dropout_prob=0.0) if family == "bert" else tiny(family, head)
+    more_of_config = {"hidden_dropout_prob": 0.0} if family in ("bert", "mpnet") else {}
+    base = tiny(family, head, **more_of_config)
     config = lpt(
         task_type=head,
         insertion_layer=k,
@@ -95,7 +99,7 @@ def test_the_kernels_ran(device, monkeypatch):
     assert seen == {"layer_norm", "activate", "rms_norm", "gated"}
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "gpt2", "llama"])
 def test_half_precision(family, device):
     """bf16: no farther from fp32 than twice the padded way in bf16."""
     inputs = {name: value.to(device) for name, value in batch().items()}

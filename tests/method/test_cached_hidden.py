@@ -43,7 +43,7 @@ def test_every_family(family, k, generator):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("generator", ["static", "npg", "appg", "mppg", "attention", "residual"])
-@pytest.mark.parametrize("family", ["roberta", "gpt2"])
+@pytest.mark.parametrize("family", ["roberta", "mpnet", "gpt2"])
 def test_every_generator_without_padding(family, generator):
     base, model = adapted(family, generator=generator, num_virtual_tokens=5)
     inputs = batch("none")
@@ -73,10 +73,16 @@ def labels_for(family, task, inputs):
 
 TASKS = [
     *((family, "SEQ_CLS") for family in FAMILIES),
-    *((family, "TOKEN_CLS") for family in ("bert", "deberta-v2", "modernbert", "gpt2", "t5")),
-    *((family, "QUESTION_ANS") for family in ("bert", "modernbert", "gpt2", "llama", "t5")),
+    *(
+        (family, "TOKEN_CLS")
+        for family in ("bert", "mpnet", "deberta-v2", "modernbert", "gpt2", "t5")
+    ),
+    *(
+        (family, "QUESTION_ANS")
+        for family in ("bert", "mpnet", "modernbert", "gpt2", "llama", "t5")
+    ),
     *((family, "CAUSAL_LM") for family in CAUSAL),
-    *((family, "MASKED_LM") for family in ("bert", "roberta", "modernbert")),
+    *((family, "MASKED_LM") for family in ("bert", "roberta", "mpnet", "modernbert")),
     ("t5", "SEQ_2_SEQ_LM"),
 ]
 

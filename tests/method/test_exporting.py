@@ -38,7 +38,10 @@ OTHERS = (batch("left", lengths=(12, 3, 8), seed=4), batch("right", lengths=(7, 
     [
         *(("bert", generator, False) for generator in GENERATORS),
         *(("bert", generator, True) for generator in ("npg", "mppg")),
-        *((family, "appg", False) for family in ("roberta", "gpt2", "qwen3", "deberta-v2")),
+        *(
+            (family, "appg", False)
+            for family in ("roberta", "mpnet", "gpt2", "qwen3", "deberta-v2")
+        ),
     ],
 )
 def test_batches_of_other_sizes(family, generator, strict):

@@ -89,6 +89,20 @@ def test_nothing_below_the_insertion_can_be_trained(name):
         get_peft_model(tiny("bert", "SEQ_CLS"), lpt(modules_to_save=[name]))
 
 
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("mpnet", "relative_attention_bias"),
+        ("deberta", "rel_embeddings"),
+        ("deberta-v2", "encoder.rel_embeddings"),
+        ("deberta-v2", "encoder.LayerNorm"),
+    ],
+)
+def test_nothing_that_layers_on_both_sides_share_can_be_trained(family, name):
+    with pytest.raises(ValueError, match=f"`modules_to_save` names '{name}'.*nothing trains"):
+        get_peft_model(tiny(family, "SEQ_CLS"), lpt(modules_to_save=[name]))
+
+
 def test_problem_type_belongs_to_the_adapter():
     """A regression and a classification on one model, each with its own loss, in any order."""
     model = get_peft_model(tiny("bert", "SEQ_CLS", num_labels=3), lpt(task_type="SEQ_CLS"))

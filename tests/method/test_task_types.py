@@ -45,7 +45,7 @@ def test_sequence_classification(family):
         assert (p.grad is not None) == p.requires_grad, name
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "mpnet"])
 def test_the_head_reads_the_text_and_not_the_prompt(family):
     """Logits of the whole model equal the base model's head on the independently computed
     states.
@@ -62,7 +62,7 @@ def test_the_head_reads_the_text_and_not_the_prompt(family):
         )
 
 
-@pytest.mark.parametrize("family", ["bert", "deberta-v2", "modernbert", "gpt2", "qwen2"])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "deberta-v2", "modernbert", "gpt2", "qwen2"])
 def test_token_classification(family):
     _, model = adapted(family, "TOKEN_CLS", "TOKEN_CLS")
     inputs = batch()
@@ -79,7 +79,7 @@ def test_token_classification(family):
     torch.testing.assert_close(out.logits, model(**inputs).logits)
 
 
-@pytest.mark.parametrize("family", ["bert", "electra", "gpt2", "llama"])
+@pytest.mark.parametrize("family", ["bert", "electra", "mpnet", "gpt2", "llama"])
 def test_question_answering(family):
     _, model = adapted(family, "QUESTION_ANS", "QUESTION_ANS")
     start, end = torch.tensor([0, 1, 2, 0, 1]), torch.tensor([1, 2, 3, 0, 2])

@@ -22,7 +22,7 @@ from tests.tiny import batch
 @pytest.mark.slow
 @pytest.mark.parametrize("generator", ["static", "npg", "mppg", "residual"])
 @pytest.mark.parametrize("head", ["SEQ_CLS", "TOKEN_CLS"])
-@pytest.mark.parametrize("family", ["bert", "gpt2", "qwen3"])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "gpt2", "qwen3"])
 def test_a_bucket_gives_the_same(family, head, generator, monkeypatch):
     base, model = pair(family, head, generator=generator)
     still(model)
@@ -44,9 +44,9 @@ def test_a_bucket_gives_the_same(family, head, generator, monkeypatch):
     assert seen[0][0] == (32 + 7 * M, 32) and late.graphs.replayed == 2
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "qwen3"])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "gpt2", "qwen3"])
 def test_a_chosen_token_is_read(family, monkeypatch):
-    head = "MASKED_LM" if family == "bert" else "CAUSAL_LM"
+    head = "MASKED_LM" if family in ("bert", "mpnet") else "CAUSAL_LM"
     base, model = pair(family, head)
     still(model)
     inputs = batch()
@@ -244,7 +244,7 @@ def test_a_bucket_has_to_come_again(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("family", ["bert", "gpt2", "qwen3"])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "gpt2", "qwen3"])
 def test_under_autocast(family, weights, monkeypatch):
     """No farther from fp32 than twice the way without graphs; weights that are in autocast's dtype
     run without it."""
@@ -351,7 +351,7 @@ class _NoHostLists(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "qwen3"])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "gpt2", "qwen3"])
 def test_a_step_copies_no_numbers_to_the_device(family, monkeypatch):
     base, model = pair(family, "SEQ_CLS")
     late, _ = with_graphs(still(model), monkeypatch)

@@ -87,7 +87,7 @@ def errors_of(got: dict, truth: dict) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("weights", "autocast"), [(FP32, None), (BF16, None), (BF16, BF16), (FP32, BF16)]
 )
-@pytest.mark.parametrize("family", ["bert", "gpt2", "qwen3"])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "gpt2", "qwen3"])
 def test_accumulated_gradients(family, weights, autocast, head):
     """Of four batches in two buckets, with evaluation between: no farther from fp64 than twice the
     way without graphs."""
@@ -139,7 +139,7 @@ def test_dropout_is_drawn_by_each_replay(generator):
 
 
 @pytest.mark.parametrize("autocast", [None, BF16])
-@pytest.mark.parametrize("family", ["bert", "gpt2", "qwen3"])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "gpt2", "qwen3"])
 def test_a_step_waits_for_nothing(family, autocast):
     """No copy from the host and no look at the device."""
     model, late, calls = on_gpu(family, BF16)

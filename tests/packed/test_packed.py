@@ -52,7 +52,7 @@ def test_equals_the_padded_way(family, head, k):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("generator", GENERATORS)
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "gpt2", "llama"])
 @pytest.mark.parametrize("k", [1, LAYERS - 1])
 def test_every_generator_from_text_and_cache(family, generator, k):
     base, model = pair(family, "SEQ_CLS", k=k, generator=generator)
@@ -88,6 +88,7 @@ VARIANTS = [
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     ("gpt2", {"scale_attn_weights": False, "activation_function": "relu"}),
     ("bert", {"hidden_act": "gelu_new"}),
+    ("mpnet", {"hidden_act": "relu", "num_attention_heads": 2}),
     ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
     ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
     ("qwen3", {"attention_bias": True, "head_dim": 16}),
@@ -103,7 +104,7 @@ def test_settings_of_the_layers(family, settings, k):
     assert_same(got, expected, 1e-12)
 
 
-@pytest.mark.parametrize("family", ["roberta", "gpt2", "qwen3"])
+@pytest.mark.parametrize("family", ["roberta", "mpnet", "gpt2", "qwen3"])
 def test_half_precision(family):
     """bf16: no farther from fp32 than twice the padded way in bf16."""
     inputs = batch()
@@ -123,7 +124,7 @@ def test_half_precision(family):
 
 
 @pytest.mark.parametrize("changed", [0, 1, 4])
-@pytest.mark.parametrize("family", ["bert", "gpt2", "qwen3"])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "gpt2", "qwen3"])
 def test_texts_do_not_see_each_other(family, changed):
     """Another text in the batch, NaN included, changes no bit of its neighbours."""
     base, model = pair(family, "TOKEN_CLS")
@@ -164,7 +165,9 @@ def test_a_batch_serves_twice_before_a_backward():
 @pytest.mark.slow
 @pytest.mark.parametrize("upper", ["packed", "padded"])
 @pytest.mark.parametrize("source", ["right", "left", "cache"])
-@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["bert", "roberta", "electra", "mpnet", "gpt2", "llama", "qwen3"]
+)
 def test_readout_of_language_models(family, source, upper):
     """Logits and loss of the one token that is read are those of the whole run."""
     head = "CAUSAL_LM" if family in CAUSAL else "MASKED_LM"
@@ -309,7 +312,7 @@ def test_the_arithmetic_that_is_left():
     assert counts["packed"] < 0.5 * counts["padded"]
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "gpt2", "llama"])
 def test_autocast(family):
     """Under bf16 autocast: as far from fp32 as the padded way under autocast, twice at most."""
     model = still(pair(family, "SEQ_CLS")[1])
@@ -335,7 +338,7 @@ def test_every_block_is_a_known_family():
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["SEQ_CLS", "TOKEN_CLS"])
 @pytest.mark.parametrize("generator", ["npg", "mppg"])
-@pytest.mark.parametrize("family", ["bert", "gpt2", "qwen3"])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "gpt2", "qwen3"])
 def test_a_step_from_the_cache_looks_at_no_number(family, generator, head, monkeypatch):
     """On a GPU, looking would make the host wait for it. Here on tensors that have none."""
     from lpt_fast.insertion import reference

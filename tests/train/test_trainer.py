@@ -160,7 +160,9 @@ def test_causal_lm_without_labels_in_training_warns():
 # -- what the frozen layers do while the model trains ----------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["bert", "deberta-v2", "modernbert", "gpt2", "llama", "opt"])
+@pytest.mark.parametrize(
+    "family", ["bert", "mpnet", "deberta-v2", "modernbert", "gpt2", "llama", "opt"]
+)
 def test_no_graph_and_no_gradient_below_the_insertion(family):
     """Autograd saves no tensor of a layer at or below k, and keeps none of their parameters."""
     k = 2
@@ -200,7 +202,7 @@ def test_no_graph_and_no_gradient_below_the_insertion(family):
 
 @pytest.mark.parametrize("upper_dropout", [False, True])
 @pytest.mark.parametrize(
-    "family", ["bert", "roberta", "deberta", "modernbert", "gpt2", "opt", "t5"]
+    "family", ["bert", "roberta", "mpnet", "deberta", "modernbert", "gpt2", "opt", "t5"]
 )
 def test_modes_of_frozen_layers(family, upper_dropout):
     base = tiny(family)
