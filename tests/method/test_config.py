@@ -24,7 +24,7 @@ BAD = [
     ({"prompt_dropout": 1.0}, r"`prompt_dropout`.*\[0, 1\).*got 1.0"),
     ({"prompt_dropout": "no"}, "`prompt_dropout`.*got 'no'"),
     ({"upper_dropout": 0.1}, "`upper_dropout`.*True or False, got 0.1"),
-    ({"init_from_vocab": True}, "`init_from_vocab`.*generator='static' only, got generator='npg'"),
+    ({"init_from_vocab": True}, "`init_from_vocab`.*generator='static' only, got generator='mppg'"),
     ({"num_labels": 0}, "`num_labels`.*got 0"),
     ({"num_labels": 3, "id2label": {0: "a", 1: "b"}}, r"`id2label`.*0\.\.2.*got the keys \[0, 1\]"),
     ({"modules_to_save": "classifier"}, "`modules_to_save`.*list.*got 'classifier'"),

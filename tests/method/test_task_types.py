@@ -21,7 +21,8 @@ M = 3
 def adapted(family, kind, task, **more):
     base = tiny(family, kind)
     torch.manual_seed(11)
-    settings = {"bottleneck_size": 6, "num_virtual_tokens": M, "prompt_dropout": 0.0, **more}
+    settings = {"generator": "npg", "bottleneck_size": 6, "num_virtual_tokens": M}
+    settings |= {"prompt_dropout": 0.0, **more}
     model = get_peft_model(copy.deepcopy(base), LPTConfig(task_type=task, **settings)).eval()
     return base, model
 

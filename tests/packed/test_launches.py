@@ -58,7 +58,8 @@ class Count(TorchDispatchMode):
         return out
 
 
-def varlen(q, k, v, plan, *, heads, kv_heads, scale, causal, prompt_only=False):
+def varlen(q, k, v, plan, *, heads, kv_heads, scale, causal, prompt_only=False, bias=None):
+    assert bias is None
     return packed_attention._by_varlen(q, k, v, plan, heads, kv_heads, scale, causal)
 
 
