@@ -51,7 +51,9 @@ def adapted(**more):
     base.config.hidden_dropout_prob = base.config.classifier_dropout = 0.0
     torch.manual_seed(3)
     settings = {"bottleneck_size": 8, "num_virtual_tokens": 3, "prompt_dropout": 0.0}
-    config = LPTConfig(task_type="SEQ_CLS", insertion_layer=K, upper_dropout=False, **settings | more)
+    config = LPTConfig(
+        task_type="SEQ_CLS", insertion_layer=K, upper_dropout=False, **settings | more
+    )
     made = get_peft_model(base, config)
     for module in made.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -89,7 +91,9 @@ class StopAt(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def train(cache, out, count=50, batch=8, checkpoint=None, stop=0, pause=0.0, adapter=None, **more) -> dict:
+def train(
+    cache, out, count=50, batch=8, checkpoint=None, stop=0, pause=0.0, adapter=None, **more
+) -> dict:
     """Trains two epochs, or goes on from a checkpoint.
 
     Args:
