@@ -91,6 +91,38 @@ def test_onnx(adapter):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("generator", "form"),
+    [("none", "torch"), *(pytest.param(g, "onnx", marks=ONNX) for g in ("mppg", "none"))],
+)
+def test_late_lora(models_dir, tmp_path, generator, form):
+    how = ("--model", models_dir / "bert", "--generator", generator, "--learning_rate", "5e-2")
+    adapter = train(
+        models_dir, tmp_path, *how, "--lora_r", 4, "--lora_target_modules", "all-linear"
+    )
+    done = invoke("export", "--adapter", adapter, "--format", form)
+    assert done.exit_code == 0, done.output
+    inputs = tokens(adapter, "left")
+    want = expected(adapter, inputs)
+    if form == "torch":
+        program = torch.export.load(adapter / "model.pt2").module()
+        got = program(*(inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids")))
+    else:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(adapter / "model.onnx"))
+        feed = {i.name: inputs[i.name].numpy() for i in session.get_inputs()}
+        got = torch.from_numpy(session.run(["logits"], feed)[0])
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    model = Classifier(str(adapter), use_cpu=True).model
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(p)
+    with torch.no_grad():  # what was exported has the updates
+        assert not torch.allclose(model(**inputs).logits, want, atol=1e-3)
+
+
+@pytest.mark.slow
 def test_a_full_disk(adapter, tmp_path):
     with mounted(tmp_path / "disk", 1 << 20) as disk:
         stuff(disk, leave=8192)
