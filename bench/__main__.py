@@ -1,4 +1,5 @@
-"""python -m bench accuracy | accuracy-sweep | table | accuracy-whole | accuracy-whole-report |
+"""python -m bench accuracy | accuracy-sweep | accuracy-sweep-report | table | accuracy-whole |
+accuracy-whole-report |
 accuracy-few-shot | accuracy-few-shot-report | cache | cache-quantize | cache-accuracy | train |
 train-accuracy | train-plot | step-plot | kernels | plot | report | forecast | profile | lengths |
 fetch-mpnet | peft_suite.
@@ -23,6 +24,7 @@ from .train import plot_steps
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.command(name="accuracy")(accuracy.main)
 app.command(name="accuracy-sweep")(sweep.main)
+app.command(name="accuracy-sweep-report")(sweep.report)
 app.command(name="table")(accuracy.table)
 app.command(name="accuracy-whole")(whole.main)
 app.command(name="accuracy-whole-report")(whole.report)

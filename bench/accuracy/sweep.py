@@ -177,3 +177,30 @@ def main(
                     f.write(json.dumps(row) + "\n")
                 shown = {n: v for n, v in settings.items() if BASE.get(n) != v}
                 typer.echo(f"{task:6} {100 * row['accuracy']:5.1f} %  {shown}")
+
+
+def report(
+    path: str = typer.Option(str(RESULTS / "accuracy_sweep.jsonl"), "--file", help="Its results."),
+) -> None:
+    """Print the dev accuracies as a Markdown table, a row a setting and a column a task."""
+    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
+    cells: dict[tuple[str, str, str], dict[str, list[dict]]] = {}
+    for row in rows:
+        k = str(row["settings"].get("insertion_layer") or "-")
+        place = cells.setdefault((row["model"], k, _shown(row["settings"])), {})
+        place.setdefault(row["task"], []).append(row)
+    lines = [["encoder", "k", "setting", *tasks], ["---"] * (3 + len(tasks))]
+    for key, found in cells.items():
+        line = list(key)
+        for task in tasks:
+            own = found.get(task, [])
+            line.append(", ".join(f"{100 * row['accuracy']:.1f}" for row in own) or "-")
+        lines.append(line)
+    typer.echo("\n".join("| " + " | ".join(line) + " |" for line in lines))
+
+
+def _shown(settings: dict) -> str:
+    """What differs from BASE; the insertion layer has a column of its own."""
+    own = {n: v for n, v in settings.items() if BASE.get(n) != v and n != "insertion_layer"}
+    return ", ".join(f"{name}={value}" for name, value in own.items()) or "base"
