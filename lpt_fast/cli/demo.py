@@ -25,9 +25,9 @@ CURVE_POINTS = 6
 # Name in the table -> settings of TrainArguments; the last one's adapter is what stays.
 LORA = "LoRA, all layers"
 METHODS: dict[str, dict] = {
-    "head only": {"method": "head", "learning_rate": 3e-3},
+    "head only": {"method": "head", "learning_rate": 1e-2},
     LORA: {"method": "lora", "learning_rate": 2e-3},
-    "Late Prompt Tuning": {"method": "lpt", "learning_rate": 1e-3},
+    "Late Prompt Tuning": {"method": "lpt", "learning_rate": 4e-3},
     "late prompt + late LoRA": {
         "method": "lpt",
         **{"learning_rate": 1e-3, "lora_learning_rate": 2e-3},

@@ -59,7 +59,7 @@ _SOURCES: dict[str, tuple[str | None, tuple[str, ...]]] = {
 _POOL = 1000
 _MAX_FILE_BYTES = 600_000
 _MAX_PER_DOCSTRING = 4
-_MIN_TOPICS, _MIN_TOPIC_SIZE, _MIN_TOTAL, _DEFAULT_CAP = 4, 100, 1500, 700
+_MIN_TOPICS, _MIN_TOPIC_SIZE, _MIN_TOTAL, _DEFAULT_CAP = 4, 100, 1500, 600
 _SKIP_PARTS = frozenset(
     "test tests testing _testing conftest.py benchmarks sandbox distutils f2py _vendor".split()
 )

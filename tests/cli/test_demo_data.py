@@ -53,7 +53,7 @@ def sentences(pools):
 def test_size_and_labels(dataset):
     assert list(dataset) == ["train", "validation", "test"]
     total = len(rows_of(dataset))
-    assert 1500 <= total <= 700 * len(demo_data._SOURCES)
+    assert 1500 <= total <= 600 * len(demo_data._SOURCES)
     assert 0.5 * total < len(dataset["train"]) < 0.7 * total
     assert len(dataset["test"]) > 0.2 * total
     for rows in dataset.values():
