@@ -6,12 +6,13 @@ import json
 import re
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 
 from lpt_fast.cli.demo import CURVE_POINTS, METHODS, PICTURE, WATCHED, draw, table_rows
 from lpt_fast.cli.demo_spelling import CORRECT, MISSPELT
-from tests.cli.cases import invoke
+from tests.cli.cases import invoke, write_tsv
 
 
 def result(accuracy=0.9, seconds=10.0, curve=((1.0, 0.5), (2.0, 0.9))):
@@ -46,6 +47,33 @@ def test_no_matplotlib(tmp_path, monkeypatch):
     said = draw(dict.fromkeys(METHODS, result()), tmp_path / PICTURE)
     assert "pip install matplotlib" in said and "\n" not in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_every_method_trains_the_same(tmp_path, monkeypatch, again):
+    """What is handed to each training; and a cache of an earlier demo is not kept quiet."""
+    rows = write_tsv(tmp_path / "rows.tsv")
+    paths = dict.fromkeys(("train", "validation", "test", "watch"), Path(rows))
+    given = []
+    monkeypatch.setattr("lpt_fast.cli.demo.write_files", lambda folder: paths)
+    monkeypatch.setattr(
+        "lpt_fast.cli.train.train",
+        lambda args: given.append(args) or result() | {"insertion_layer": 3},
+    )
+    out = tmp_path / "out"
+    if again:
+        (out / "cache").mkdir(parents=True)
+    out.mkdir(exist_ok=True)
+    done = invoke("demo", "--model", "m", "--output_dir", out, "--seed", 7)
+    assert done.exit_code == 0, done.output
+    assert ("A cache of an earlier demo" in done.stdout) == again
+    assert [args.method for args in given] == ["head", "lora", "lpt", "lpt"]
+    names = "train_file test_file num_train_epochs max_length seed eval_steps"
+    assert len({tuple(getattr(a, n) for n in names.split()) for a in given}) == 1
+    assert [args.group_by_length for args in given] == [True, True, False, False]
+    assert len({args.output_dir for args in given}) == 4
+    caches = [args.activation_cache for args in given]
+    assert caches[:2] == [None, None] and caches[3] == str(out / "cache") != caches[2]
 
 
 @pytest.mark.slow
@@ -86,6 +114,3 @@ def test_demo(models_dir, tmp_path):
     again = json.loads((tmp_path / "next" / "results.json").read_text())
     new = again["activation_cache"]["rows"] - rows
     assert 0 < new <= again["validation"]["examples"]
-
-    shown = invoke(*call).stdout
-    assert "A cache of an earlier demo" in shown
