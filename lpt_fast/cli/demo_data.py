@@ -1,17 +1,13 @@
 """Real English text for ``lpt-fast demo``, without a download.
 
-The task: "have two neighbouring words of this sentence been swapped?". The text is the prose of
-docstrings in Python's standard library and in packages that come with the dependencies of
-lpt-fast (torch brings sympy and networkx, datasets brings pandas). The sources are only read and
-parsed with ``ast``; no package is imported. Chosen by measuring: a head on the frozen encoder is no
-better than chance, for what the encoder says of a whole sentence says little of the order of words;
-layers that learn see it.
+The text is the prose of docstrings in Python's standard library and in packages that come with
+the dependencies of lpt-fast (torch brings sympy and networkx, datasets brings pandas). The sources
+are only read and parsed with ``ast``; no package is imported. The task is in demo_spelling.py.
 
-Sentences keep plain English words only. A sentence that holds an identifier, markup or a name of a
-package, or stands in two of the sources, is left out. Half of the sentences, by a hash of their
-text, have a swapped pair. The split is fixed: it depends on a hash of the docstring's opening,
-never on the seed, the cap or the order of files, and the sentences of a docstring fall into the
-same split (those that several docstrings share follow one of them).
+Sentences keep plain English words only: one that names a package or holds an identifier or markup
+is left out, for such words look misspelt and are not. The split is fixed: it depends on a hash of
+the docstring's opening, never on the seed, the cap or the order of files, and the sentences of a
+docstring fall into the same split (those that several docstrings share follow one of them).
 """
 
 # ruff: noqa: SIM905 - long word lists read better as text than with a quote around every word
@@ -25,12 +21,11 @@ import re
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
-from hashlib import sha256
 from pathlib import Path
 
-LABELS = ("intact", "swapped")
+from .demo_spelling import digest, with_label
 
-# Source -> package (None: standard library) and the parts of it to read, () for the whole of it.
+# Topic -> package (None: standard library) and the parts of it to read, () for the whole of it.
 _SOURCES: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "deep learning": (
         "torch",
@@ -59,12 +54,12 @@ _SOURCES: dict[str, tuple[str | None, tuple[str, ...]]] = {
     ),
 }
 
-# Candidate sentences read per source: fixed, so that every cap chooses among the same sentences,
-# and small enough that reading takes seconds.
+# Candidate sentences read per topic: fixed, so that every max_per_topic chooses among the same
+# sentences, and small enough that reading takes seconds.
 _POOL = 1000
 _MAX_FILE_BYTES = 600_000
 _MAX_PER_DOCSTRING = 4
-_MIN_SOURCES, _MIN_SOURCE_SIZE, _MIN_TOTAL = 4, 100, 2500
+_MIN_TOPICS, _MIN_TOPIC_SIZE, _MIN_TOTAL, _DEFAULT_CAP = 4, 100, 1500, 600
 _SKIP_PARTS = frozenset(
     "test tests testing _testing conftest.py benchmarks sandbox distutils f2py _vendor".split()
 )
@@ -106,54 +101,36 @@ _LEGAL = re.compile(r"\b(copyright|licen[cs]ed?|all rights|todo|fixme|deprecated
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')]?\s+(?=[\"'(]?[A-Z])")
 
 
-def build_demo_dataset(max_train: int = 2400, seed: int = 0) -> dict[str, list[dict]]:
+def build_demo_dataset(max_per_topic: int = _DEFAULT_CAP, seed: int = 0) -> dict[str, list[dict]]:
     """Return ``{"train", "validation", "test"}``, each a list of ``{"text", "label"}``.
 
-    Some 5,000 sentences: half of them, at most `max_train`, to train on, a tenth for validation and
-    the others to test on. ``seed`` chooses which training sentences stay, and the order of rows;
-    what a sentence became and its split depend on neither. A source whose package is not installed
-    is left out.
+    A topic has at most about 900 sentences. ``seed`` chooses which of them stay where there are
+    more than ``max_per_topic``, and the order of the rows; the split of a sentence, its label and
+    its slip depend on neither. A topic whose package is not installed is left out.
 
     Raises:
-        RuntimeError: fewer than 4 sources or 2,500 sentences can be read on this machine.
+        RuntimeError: fewer than 4 topics or 1,500 sentences can be built on this machine.
     """
-    sources = _collect_sentences()
-    total = sum(map(len, sources.values()))
-    if len(sources) < _MIN_SOURCES or total < _MIN_TOTAL:
+    topics = collect_sentences()
+    total = sum(min(len(rows), _DEFAULT_CAP) for rows in topics.values())
+    if len(topics) < _MIN_TOPICS or total < _MIN_TOTAL:
         missing = [pkg for pkg, _ in _SOURCES.values() if pkg and _package_folder(pkg) is None]
         raise RuntimeError(
-            f"the demo needs {_MIN_SOURCES} sources and {_MIN_TOTAL:,} sentences but this machine "
-            f"gives {len(sources)} and {total:,}: install the missing packages with "
+            f"the demo needs {_MIN_TOPICS} topics and {_MIN_TOTAL:,} sentences but this machine "
+            f"gives {len(topics)} and {total:,}: install the missing packages with "
             f"`pip install {' '.join(missing) or 'torch numpy datasets'}`"
         )
-    splits: dict[str, list[dict]] = {"train": [], "validation": [], "test": []}
-    for rows in sources.values():
-        for text, group in rows.items():
-            swapped = swap_words(text) if _number(f"coin:{text}") % 2 else None
-            row = {"text": swapped or text, "label": LABELS[swapped is not None]}
-            splits[_split_of(group)].append(row)
-    for rows in splits.values():
-        rows.sort(key=lambda row: _digest(f"order:{seed}:{row['text']}"))
-    del splits["train"][max_train:]
-    return splits
-
-
-def swap_words(sentence: str) -> str | None:
-    """The sentence with two neighbouring words swapped, which two a hash decides; None where no two
-    differ. The first word, which begins with a capital, and marks stay where they are.
-    """
-    words = sentence.split()
-    plain = [word.isalpha() for word in words]
-    places = [
-        i
-        for i in range(1, len(words) - 1)
-        if plain[i] and plain[i + 1] and words[i].lower() != words[i + 1].lower()
-    ]
-    if not places:
-        return None
-    i = places[_number(f"place:{sentence}") % len(places)]
-    words[i], words[i + 1] = words[i + 1], words[i]
-    return " ".join(words)
+    splits: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+    for rows in topics.values():
+        for text in sorted(rows, key=lambda t: digest(f"{seed}:{t}"))[:max_per_topic]:
+            splits[_split_of(rows[text])].append(text)
+    return {
+        name: [
+            dict(zip(("text", "label"), with_label(text), strict=True))
+            for text in sorted(texts, key=lambda t: digest(f"order:{seed}:{t}"))
+        ]
+        for name, texts in splits.items()
+    }
 
 
 def clean_docstring(doc: str) -> list[str]:
@@ -169,7 +146,7 @@ def clean_docstring(doc: str) -> list[str]:
 
 
 def is_english_sentence(sentence: str, names: frozenset[str] = LEAKING_NAMES) -> bool:
-    """True for 6 to 40 plain words, closed by a full stop, without markup, code or ``names``."""
+    """True for 6 to 20 plain words, closed by a full stop, without markup, code or ``names``."""
     if not (sentence[:1].isupper() and sentence[-1:] in ".!?"):
         return False
     if _URL.search(sentence) or _NOT_PROSE.search(sentence) or _LEGAL.search(sentence):
@@ -178,7 +155,7 @@ def is_english_sentence(sentence: str, names: frozenset[str] = LEAKING_NAMES) ->
     if sentence.count("(") != sentence.count(")") or sentence.count('"') % 2:
         return False
     words = [token.strip("\"'(),.!?") for token in sentence.split()]
-    if not 6 <= len(words) <= 40 or not all(_WORD.fullmatch(w) for w in words):
+    if not 6 <= len(words) <= 20 or not all(_WORD.fullmatch(w) for w in words):
         return False
     if any(_CAMEL.search(w) for w in words) or names_in(sentence, names | _CODE_WORDS):
         return False
@@ -244,19 +221,13 @@ def _docstrings(path: Path) -> Iterator[str]:
             stack.extend(getattr(node, field, ()))
 
 
-def _digest(text: str) -> str:
-    """A hash which, unlike ``hash()``, is the same in every process."""
-    return sha256(text.encode()).hexdigest()
-
-
-def _number(text: str) -> int:
-    return int(_digest(text)[:8], 16)
-
-
 def _split_of(group: str) -> str:
-    """The split of a docstring, about 50/10/40, from the normalised opening of its text."""
-    bucket = _number(group) % 10
-    return "train" if bucket < 5 else "validation" if bucket == 5 else "test"
+    """The split of a docstring, about 60/10/30, from the normalised opening of its text.
+
+    So much is for the test because 1,000 rows tell methods apart that 500 do not.
+    """
+    bucket = int(digest(group)[:8], 16) % 10
+    return "train" if bucket < 6 else "validation" if bucket == 6 else "test"
 
 
 def _package_folder(name: str) -> Path | None:
@@ -275,33 +246,29 @@ def _source_files(root: Path, parts: Iterable[str]) -> list[Path]:
         found += [start] if start.is_file() else start.rglob("*.py")
     relative = [(f.relative_to(root), f) for f in found]
     kept = [(r.as_posix(), f) for r, f in relative if _SKIP_PARTS.isdisjoint(r.parts)]
-    return [f for _, f in sorted(kept, key=lambda pair: _digest(pair[0]))]
+    return [f for _, f in sorted(kept, key=lambda pair: digest(pair[0]))]
 
 
-def _collect_sentences() -> dict[str, dict[str, str]]:
-    """For every source, its sentences and the docstring group which decides their split."""
+def collect_sentences() -> dict[str, dict[str, str]]:
+    """For every topic, its sentences and the docstring group which decides their split."""
     pools = {}
-    for label, (package, parts) in _SOURCES.items():
+    for topic, (package, parts) in _SOURCES.items():
         root = _package_folder(package) if package else Path(sysconfig.get_path("stdlib"))
-        pools[label] = _read_pool(_source_files(root, parts)) if root else {}
+        pools[topic] = _read_pool(_source_files(root, parts)) if root else {}
 
-    seen: dict[str, int] = {}
-    for pool in pools.values():
-        for key in pool:
-            seen[key] = seen.get(key, 0) + 1
-    sources = {}
-    for label, pool in pools.items():
-        # Near-duplicates ("Returns the number of rows / of columns ...") would leak between the
-        # splits, so one sentence stays per opening; the hash picks it whatever the file order.
-        openings: dict[str, tuple[str, str, str]] = {}
+    # Near-duplicates ("Returns the number of rows / of columns ...") would leak between the
+    # splits, so one sentence stays per opening; the hash picks it whatever the file order.
+    openings: dict[str, tuple[str, str, str, str]] = {}
+    for topic, pool in pools.items():
         for key, (text, group) in pool.items():
             opening = " ".join(key.split()[:5])
-            candidate = (_digest(key), text, group)
-            if seen[key] == 1 and candidate < openings.get(opening, ("g",)):
+            candidate = (digest(key), topic, text, group)
+            if candidate < openings.get(opening, ("g",)):
                 openings[opening] = candidate
-        if len(openings) >= _MIN_SOURCE_SIZE:
-            sources[label] = {text: group for _, text, group in openings.values()}
-    return sources
+    topics: dict[str, dict[str, str]] = {topic: {} for topic in pools}
+    for _, topic, text, group in openings.values():
+        topics[topic][text] = group
+    return {topic: rows for topic, rows in topics.items() if len(rows) >= _MIN_TOPIC_SIZE}
 
 
 def _read_pool(files: Iterable[Path]) -> dict[str, tuple[str, str]]:

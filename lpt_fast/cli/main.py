@@ -164,10 +164,10 @@ def demo(
         None, "--model", help="Another model than the small encoder that comes as a package."
     ),
     output_dir: str = typer.Option("out/demo", "--output_dir", help="Folder for the adapter."),
-    epochs: float = typer.Option(4.0, "--num_train_epochs", help="Passes over the training data."),
+    epochs: float = typer.Option(2.0, "--num_train_epochs", help="Passes over the training data."),
     seed: int = typer.Option(42, "--seed", help="Seed."),
 ) -> None:
-    """Train on real text that this machine has already, and show what to type next."""
+    """Compare a head alone, LoRA and late prompts on text that this machine has already."""
     from .demo import run
 
     with clean_errors():

@@ -355,33 +355,6 @@ def test_env():
 
 
 @pytest.mark.slow
-def test_demo(models_dir, tmp_path, monkeypatch):
-    """The whole demo on a tiny model: real sentences, both methods, what to type next - and that
-    works.
-    """
-    out = tmp_path / "demo"
-    shown = invoke(
-        "demo", "--model", models_dir / "bert", "--output_dir", out, "--num_train_epochs", 0.05
-    ).output
-    assert "head only" in shown and "Late Prompt Tuning" in shown and "What to type next" in shown
-    results = json.loads((out / "results.json").read_text())
-    assert results["train_examples"] > 1000
-    next_lines = [line.split() for line in shown.splitlines() if line.startswith("  lpt-fast eval")]
-    done = invoke(*next_lines[0][1:], "--use_cpu")
-    assert done.exit_code == 0, done.output
-    # The training that it proposes finds the rows of this one.
-    rows = results["activation_cache"]["rows"]
-    assert rows > 1000 and results["activation_cache"]["path"] == str(out / "cache")
-    (line,) = [line.split() for line in shown.splitlines() if "--activation_cache" in line]
-    more = ("--output_dir", tmp_path / "next", "--max_steps", 1, "--save_strategy", "no")
-    done = invoke(*line[1:], *more, "--use_cpu")
-    assert done.exit_code == 0, done.output
-    again = json.loads((tmp_path / "next" / "results.json").read_text())
-    new = again["activation_cache"]["rows"] - rows
-    assert 0 < new <= again["validation"]["examples"]
-
-
-@pytest.mark.slow
 def test_predict_pairs_from_stdin(models_dir, tmp_path, monkeypatch):
     rows = [(a, b, str(int(a == b))) for a in GOOD for b in GOOD]
     path = write_tsv(tmp_path / "pairs.tsv", rows, header="one\ttwo\tlabel")

@@ -10,13 +10,8 @@ from collections import Counter
 import pytest
 
 from lpt_fast.cli import demo_data
-from lpt_fast.cli.demo_data import (
-    LABELS,
-    build_demo_dataset,
-    clean_docstring,
-    normalise,
-    swap_words,
-)
+from lpt_fast.cli.demo_data import build_demo_dataset, clean_docstring, normalise
+from lpt_fast.cli.demo_spelling import CORRECT, MISSPELT, misspell, slips_of, with_label
 
 # Written out here on purpose: a name that is lost from the module's own list must fail a test.
 FORBIDDEN = (
@@ -29,18 +24,18 @@ FORBIDDEN = (
 @pytest.fixture(scope="module")
 def pools():
     """The sources are read once for the whole file; every build below works on this."""
-    return demo_data._collect_sentences()
+    return demo_data.collect_sentences()
 
 
 @pytest.fixture
 def read_once(pools, monkeypatch):
-    monkeypatch.setattr(demo_data, "_collect_sentences", lambda: pools)
+    monkeypatch.setattr(demo_data, "collect_sentences", lambda: pools)
 
 
 @pytest.fixture(scope="module")
 def dataset(pools):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_data, "_collect_sentences", lambda: pools)
+        patch.setattr(demo_data, "collect_sentences", lambda: pools)
         return build_demo_dataset()
 
 
@@ -48,51 +43,85 @@ def rows_of(dataset):
     return [row for rows in dataset.values() for row in rows]
 
 
+@pytest.fixture(scope="module")
+def sentences(pools):
+    """Every sentence as it was written, with its docstring group."""
+    return {text: group for rows in pools.values() for text, group in rows.items()}
+
+
 @pytest.mark.slow
 def test_size_and_labels(dataset):
     assert list(dataset) == ["train", "validation", "test"]
-    counts = Counter(row["label"] for row in rows_of(dataset))
-    assert set(counts) == set(LABELS) and 0.9 < counts["intact"] / counts["swapped"] < 1.2
-    assert len(dataset["train"]) <= 2400 and len(dataset["test"]) >= 1000
-    assert len(dataset["validation"]) >= 300
+    total = len(rows_of(dataset))
+    assert 1500 <= total <= 600 * len(demo_data._SOURCES)
+    assert 0.5 * total < len(dataset["train"]) < 0.7 * total
+    assert len(dataset["test"]) > 0.2 * total
     for rows in dataset.values():
-        assert {row["label"] for row in rows} == set(counts)
+        share = Counter(row["label"] for row in rows)
+        assert set(share) == {CORRECT, MISSPELT}
+        assert 0.4 < share[MISSPELT] / len(rows) < 0.6
         assert all(set(row) == {"text", "label"} for row in rows)
 
 
 @pytest.mark.slow
-def test_a_sentence_stands_once(dataset, pools):
-    """In one split, and as itself or swapped, never as both: bags of words are unique."""
-    bags = [tuple(sorted(normalise(row["text"]).split())) for row in rows_of(dataset)]
-    twice = [bag for bag, n in Counter(bags).items() if n > 1]
-    assert len(twice) <= 0.002 * len(bags)  # (two sentences of the same words)
-    known = {text for rows in pools.values() for text in rows}
-    for row in rows_of(dataset):
-        assert (row["text"] in known) == (row["label"] == "intact"), row
-
-
-@pytest.mark.parametrize(
-    ("sentence", "swapped"),
-    [
-        ("Return the sum of it.", {"Return sum the of it.", "Return the of sum it."}),
-        ("The the the (big) dog.", {None}),  # nothing that would be another sentence
-        ("Only two.", {None}),
-        ("It is, as said, so.", {None}),
-    ],
-)
-def test_two_neighbours_are_swapped(sentence, swapped):
-    assert swap_words(sentence) in swapped
-    assert swap_words(sentence) == swap_words(sentence)
+def test_no_duplicates_and_no_shared_openings(sentences):
+    keys = [normalise(text) for text in sentences]
+    assert len(keys) == len(set(keys))
+    # Sentences with the same first five words are near-duplicates, whatever package they are of.
+    openings = [tuple(key.split()[:5]) for key in keys]
+    assert len(openings) == len(set(openings))
 
 
 @pytest.mark.slow
-def test_no_leaking_names_and_no_markup(dataset):
-    for row in rows_of(dataset):
-        words = re.findall(r"[a-z]+", row["text"].lower())
-        assert not set(words) & set(FORBIDDEN.split()), row
-        assert not re.search(r"[`_=<>{}\[\]\\|@]|\w\.\w|[a-z][A-Z]|\w\(", row["text"]), row
-        assert 6 <= len(row["text"].split()) <= 40
-        assert row["text"].isascii() and row["text"][0].isupper() and row["text"][-1] in ".!?"
+def test_a_sentence_is_there_once_with_a_slip_or_without(dataset, sentences):
+    made = {with_label(text): demo_data._split_of(group) for text, group in sentences.items()}
+    for split, rows in dataset.items():
+        assert all(made[row["text"], row["label"]] == split for row in rows)
+        assert not [r for r in rows if r["label"] == MISSPELT and r["text"] in sentences]
+        assert not [r for r in rows if r["label"] == CORRECT and r["text"] not in sentences]
+    assert len({row["text"] for row in rows_of(dataset)}) == len(rows_of(dataset))
+
+
+@pytest.mark.slow
+def test_no_names_and_no_markup(sentences):
+    for text in sentences:
+        assert not set(re.findall(r"[a-z]+", text.lower())) & set(FORBIDDEN.split()), text
+        assert not re.search(r"[`_=<>{}\[\]\\|@]|\w\.\w|[a-z][A-Z]|\w\(", text), text
+        assert 6 <= len(text.split()) <= 20
+        assert text.isascii() and text[0].isupper() and text[-1] in ".!?"
+
+
+def test_slips():
+    assert " ".join(slips_of("graph")) == "gaph garph graaph grah grapph grpah grph grraph"
+    # A letter that stands twice is lost only once, and two like letters do not change places.
+    assert " ".join(slips_of("aabba")) == "aaabba aaba aabbba ababa abba"
+    for word in ("graph", "letter", "occurrence"):
+        slips = slips_of(word)
+        assert word not in slips and len(slips) == len(set(slips))
+        assert all(s[0] == word[0] and s[-1] == word[-1] for s in slips)
+
+
+def test_one_word_of_a_sentence_gets_a_slip():
+    for text in ("Return the length of the path.", "Whether a half-open interval isn't empty."):
+        before, after = text.split(), misspell(text).split()
+        (changed,) = [(a, b) for a, b in zip(before, after, strict=True) if a != b]
+        word, slip = (w.strip(".") for w in changed)
+        assert slip in slips_of(word) and len(word) >= 5 and word.islower()
+    assert misspell("Whether it isn't half-done or so.") is None
+    # A sentence without such a word is right in any case.
+    assert all(with_label(f"It is {n}.") == (f"It is {n}.", CORRECT) for n in range(20))
+
+
+def test_known_sentences_keep_their_label_and_slip():
+    # Computed once and written down, as the split below.
+    known = {
+        "Read all of the lines in a file.": ("Read all of the lines in a file.", CORRECT),
+        "Return the length of the path between two points.": (
+            "Return the length of the path between two poitns.",
+            MISSPELT,
+        ),
+    }
+    assert {text: with_label(text) for text in known} == known
 
 
 @pytest.mark.slow
@@ -113,14 +142,14 @@ def test_same_rows_in_a_fresh_process(dataset):
 
 @pytest.mark.slow
 def test_split_depends_on_neither_cap_nor_seed(dataset, read_once):
-    split = {row["text"]: name for name, rows in dataset.items() for row in rows}
-    for other in (build_demo_dataset(600), build_demo_dataset(seed=7)):
-        shared = [(r["text"], name) for name, rows in other.items() for r in rows]
-        known = [(text, name) for text, name in shared if text in split]
-        assert len(known) > 200 and all(split[text] == name for text, name in known)
-    small, other = build_demo_dataset(600), build_demo_dataset(600, seed=7)
+    split = {row["text"]: (row["label"], name) for name, rows in dataset.items() for row in rows}
+    for other in (build_demo_dataset(max_per_topic=60), build_demo_dataset(seed=7)):
+        shared = [(r["text"], (r["label"], name)) for name, rows in other.items() for r in rows]
+        known = [(text, place) for text, place in shared if text in split]
+        assert len(known) > 200 and all(split[text] == place for text, place in known)
+    small, other = build_demo_dataset(max_per_topic=60), build_demo_dataset(60, seed=7)
     assert {r["text"] for r in rows_of(small)} <= set(split)
-    assert {r["text"] for r in small["train"]} != {r["text"] for r in other["train"]}
+    assert {r["text"] for r in rows_of(small)} != {r["text"] for r in rows_of(other)}
 
 
 def test_split_and_group_do_not_depend_on_file_order(tmp_path):
@@ -137,9 +166,9 @@ def test_split_and_group_do_not_depend_on_file_order(tmp_path):
 
 def test_known_openings_keep_their_split():
     # Computed once and written down: results are only comparable while these stay.
-    assert demo_data._split_of("read all of the lines in a file") == "validation"
+    assert demo_data._split_of("read all of the lines in a file") == "train"
+    assert demo_data._split_of("create and return a temporary directory") == "validation"
     assert demo_data._split_of("return the sum of the array elements") == "test"
-    assert demo_data._split_of("the class holds a table") == "train"
 
 
 def test_files_come_in_a_fixed_spread_out_order(tmp_path):
@@ -209,7 +238,7 @@ def test_cleaning_stops_at_google_sections():
         "The heading of a table that has no end",
         "The sentence was cut (in the middle of a bracket.",
         "Licensed under the terms of the agreement in this file.",
-        "Word " * 41 + "of the end.",
+        "Word " * 21 + "of the end.",
     ],
 )
 def test_refused_sentences(sentence):
@@ -224,9 +253,9 @@ def test_missing_packages_give_a_clear_error(monkeypatch):
 
 
 @pytest.mark.slow
-def test_one_missing_package_leaves_its_sentences_out(monkeypatch):
+def test_one_missing_package_leaves_its_topic_out(monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "pandas" else find_spec(name)
     )
-    assert set(demo_data._collect_sentences()) == set(demo_data._SOURCES) - {"tables"}
+    assert set(demo_data.collect_sentences()) == set(demo_data._SOURCES) - {"tables"}
