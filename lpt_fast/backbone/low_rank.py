@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterable, Iterator
 
 import torch
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -20,8 +19,6 @@ from .copies import shallow_copy
 from .families import Family, get_layers
 
 ALL_LINEAR = "all-linear"
-# What PEFT's table lacks, by `model_type`: queries and values, as there.
-_MORE = {"mpnet": ["q", "v"], "modernbert": ["Wqkv"], "phi3": ["qkv_proj"]}
 
 
 class LowRank(nn.Module):
@@ -152,14 +149,6 @@ def _linears(backbone: nn.Module, family: Family) -> Iterator[tuple[int, str, nn
                 yield i, name, module
 
 
-def default_targets(model_type: str) -> list[str] | None:
-    """Those that PEFT's LoRA takes by itself; None where it knows none."""
-    found = _MORE.get(model_type) or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(
-        model_type
-    )
-    return list(found) if isinstance(found, list | tuple | set) else found
-
-
 def find_targets(
     name: str, backbone: nn.Module, family: Family, k: int, wanted: str | Iterable[str]
 ) -> list[tuple[int, str, nn.Module]]:
@@ -181,7 +170,14 @@ def find_targets(
     prefix = ".".join(part for part in (name, family.layers) if part)
     every = [(i, n, m, f"{prefix}.{i}.{n}") for i, n, m in _linears(backbone, family)]
     if wanted == ALL_LINEAR:
-        return [(i, n, m) for i, n, m, _ in every if i >= k]
+        found = [(i, n, m) for i, n, m, _ in every if i >= k]
+        if not found:
+            raise ValueError(
+                f"`lora_target_modules` is {ALL_LINEAR!r} and {type(backbone).__name__} has no "
+                f"nn.Linear above insertion_layer={k}, expected some; quantised in another way, or "
+                "not at all, it has."
+            )
+        return found
     if isinstance(wanted, str):
         tests = {wanted: lambda full: re.fullmatch(wanted, full) is not None}
     else:

@@ -111,12 +111,12 @@ class TrainArguments(DataArguments):
     )
     lora_target_modules: str | None = option(
         None,
-        "Names of linear layers with commas between, or all-linear. Default: PEFT's for the model, "
-        "such as query,value.",
+        "Names of linear layers with commas between, or all-linear. Default: all-linear; --method "
+        "lora: PEFT's for the model, such as query,value.",
         "LoRA",
     )
     lora_learning_rate: float | None = option(
-        None, "Peak learning rate of late LoRA. Default: --learning_rate.", "LoRA"
+        None, "Peak learning rate of late LoRA. Default: --learning_rate, or 2e-3.", "LoRA"
     )
 
     task: str | None = path(

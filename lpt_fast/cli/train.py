@@ -36,6 +36,7 @@ from .task_data import Split, read_data
 
 # Peak learning rates where none is given: customary for each method, not tuned to a task.
 LEARNING_RATES = {"lpt": 1e-3, "head": 1e-3, "lora": 1e-3, "prompt_tuning": 1e-2, "full": 1e-4}
+LEARNING_RATES["late_lora"] = 2e-3  # by the sweep (bench/results/accuracy.md)
 RESULTS = "results.json"
 # A task's metric -> its name among the results.
 _METRIC = {"accuracy": "accuracy", "f1": "f1", "matthews_correlation": "mcc"}
@@ -155,7 +156,7 @@ def train(args: TrainArguments) -> dict:
         trainer_class = LPTTrainer
         more = {"activation_cache": args.activation_cache, "upper": args.upper}
         more["readout_only"] = one_token
-        more["lora_learning_rate"] = args.lora_learning_rate
+        more["lora_learning_rate"] = _lora_rate(args)
     trainer = trainer_class(
         model=model,
         args=training_arguments(args, validation is not None, data.task),
@@ -208,6 +209,13 @@ def train(args: TrainArguments) -> dict:
         for name, content in ((RUN_FILE, formulation.to_json()), (RESULTS, results)):
             (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
     return results
+
+
+def _lora_rate(args: TrainArguments) -> float | None:
+    """Late LoRA's own, where no rate is given at all."""
+    if args.lora_learning_rate is None and args.learning_rate is None and args.lora_r is not None:
+        return LEARNING_RATES["late_lora"]
+    return args.lora_learning_rate
 
 
 def _clear_other_kind(folder: Path, method: str) -> None:

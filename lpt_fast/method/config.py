@@ -70,10 +70,10 @@ class LPTConfig(PeftConfig):
     prompt, or alone (`generator="none"`): late LoRA. What lies at and below k stays as it is.
 
     `get_peft_model` and `add_adapter` fill in place what depends on the model: insertion_layer,
-    target_modules, lora_target_modules, num_labels, id2label, modules_to_save. The object may serve
-    several models: each is filled from what you gave, and where that differs, the later model works
-    on a copy of its own (`model.peft_config[name]`). Changes after that change no adapter, only
-    what is saved.
+    target_modules, lora_alpha, lora_target_modules, num_labels, id2label, modules_to_save. The
+    object may serve several models: each is filled from what you gave, and where that differs, the
+    later model works on a copy of its own (`model.peft_config[name]`). Changes after that change no
+    adapter, only what is saved.
 
     Raises:
         ValueError: for a value that cannot work; the message names the field, what it got and what
@@ -138,8 +138,8 @@ class LPTConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Which linear layers above the insertion, as PEFT's `target_modules`: endings "
-            "of names, a regular expression for whole names, or 'all-linear'. Default: PEFT's for "
-            "the model, queries and values of most."
+            "of names, a regular expression for whole names, or 'all-linear'. Default: "
+            "'all-linear', which was better than PEFT's queries and values at the same cost."
         },
     )
     upper: str = field(

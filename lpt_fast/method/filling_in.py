@@ -14,6 +14,7 @@ from .config import LPTConfig
 FIELDS = (
     "insertion_layer",
     "target_modules",
+    "lora_alpha",
     "lora_target_modules",
     "num_labels",
     "id2label",

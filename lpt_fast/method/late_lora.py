@@ -18,8 +18,8 @@ def lora_targets(late, config: LPTConfig) -> list[tuple[int, str, nn.Module]]:
 
 def build_lora(late, config: LPTConfig) -> LowRankUpdates:
     """The updates of a new adapter."""
-    alpha = 2 * config.lora_r if config.lora_alpha is None else config.lora_alpha
-    return LowRankUpdates(lora_targets(late, config), config.lora_r, alpha, config.lora_dropout)
+    how = (config.lora_r, config.lora_alpha, config.lora_dropout)
+    return LowRankUpdates(lora_targets(late, config), *how)
 
 
 def merge_lora(late, adapter_name: str, safe: bool) -> None:

@@ -29,7 +29,7 @@ from ..backbone.families import (
     head_modules,
     is_causal_lm,
 )
-from ..backbone.low_rank import default_targets, find_targets
+from ..backbone.low_rank import ALL_LINEAR, find_targets
 from .all_arguments import hand_on_all
 from .config import LPT, NO_PROMPT, PREFIX, LPTConfig
 from .filling_in import fill_in
@@ -98,13 +98,9 @@ class LPTModel(BaseTuner):
     ) -> None:
         """What late LoRA updates where the user has not said it; checks what was said."""
         if peft_config.lora_target_modules is None:
-            model_type = getattr(backbone.config, "model_type", "")
-            peft_config.lora_target_modules = default_targets(model_type)
-            if peft_config.lora_target_modules is None:
-                raise ValueError(
-                    f"`lora_target_modules` is None and PEFT names none for {model_type!r}, "
-                    "expected names of linear layers; give them, or 'all-linear'."
-                )
+            peft_config.lora_target_modules = ALL_LINEAR
+        if peft_config.lora_alpha is None:
+            peft_config.lora_alpha = 2 * peft_config.lora_r
         k = peft_config.insertion_layer
         find_targets(name, backbone, family, k, peft_config.lora_target_modules)
 

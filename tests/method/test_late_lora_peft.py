@@ -154,7 +154,7 @@ def test_transformers_own_adapter_methods(prompt, tmp_path):
     fresh = copy.deepcopy(base)
     fresh.add_adapter(lpt(lora_r=2, **prompt), "new")
     names = {n for n, p in fresh.named_parameters() if p.requires_grad and "lpt_lora" in n}
-    assert len(names) == 2 * 2 * 2 and all(".lpt_lora.new." in n for n in names)
+    assert len(names) == 2 * 2 * 6 and all(".lpt_lora.new." in n for n in names)
 
 
 # -- the config object -----------------------------------------------------------------------------

@@ -158,8 +158,11 @@ def test_one_cache_serves_all(tmp_path):
     ("config", "message"),
     [
         ({**ALL, "lora_r": 4}, r"other lora_r: 2 there, 4 here"),
-        ({"lora_r": 2}, r"other lora_target_modules: 'all-linear' there"),
-        ({**ALL, "lora_alpha": 9}, r"other lora_alpha: None there, 9 here"),
+        (
+            {"lora_r": 2, "lora_target_modules": ["query"]},
+            r"other lora_target_modules: 'all-linear' there, \['query'\] here",
+        ),
+        ({**ALL, "lora_alpha": 9}, r"other lora_alpha: 4 there, 9 here"),
         ({}, r"other lora_r: 2 there, None here"),
         (ALONE, r"other generator: 'npg' there, 'none' here"),
     ],
