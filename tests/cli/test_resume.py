@@ -51,7 +51,7 @@ RESUME = ("--resume_from_checkpoint", "last")
         ("added.tsv", (), "class names: 2 classes there, 3 here ('neutral' is new)"),
         ("en.tsv", ("--max_length", 9), "max_length: 64 there, 9 here"),
         ("en.tsv", ("--insertion_layer", 1), "insertion_layer: 2 there, 1 here"),
-        ("en.tsv", ("--generator", "mppg"), "generator: 'npg' there, 'mppg' here"),
+        ("en.tsv", ("--generator", "npg"), "generator: 'mppg' there, 'npg' here"),
         ("en.tsv", ("--method", "lora"), "method: 'lpt' there, 'lora' here"),
         ("en.tsv", ("--torch_dtype", "bfloat16"), "dtype: 'float32' there, 'bfloat16' here"),
         (
