@@ -4,6 +4,9 @@ Each training runs in a process of its own (one.py) with one thread, so that its
 own and its seconds of processor compare even where another training runs on the core beside it.
 A line is appended when a training has ended, and what the file holds is not run again: after a kill
 the same command goes on, and only the training that ran is lost.
+
+Several may run side by side (`jobs`), on a machine with a GPU and many cores: then each process
+does one training after another, and neither seconds nor memory are worth comparing.
 """
 
 from __future__ import annotations
@@ -14,7 +17,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from collections import defaultdict
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -80,6 +86,14 @@ METHODS = {
     "late_lora_k4": Method(
         {
             **{**_LATE, "generator": "none", "insertion_layer": 4},
+            **{"lora_r": 8, "lora_target_modules": "all-linear"},
+        },
+        (2e-3,),
+    ),
+    # The same share of twelve layers.
+    "late_lora_k8": Method(
+        {
+            **{**_LATE, "generator": "none", "insertion_layer": 8},
             **{"lora_r": 8, "lora_target_modules": "all-linear"},
         },
         (2e-3,),
@@ -159,6 +173,39 @@ class TrainingFailed(RuntimeError):
     """A training ended without a result."""
 
 
+class Servant:
+    """A process that trains one job after another (`one.serve`)."""
+
+    def __init__(self, environment: dict):
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bench.accuracy.one"],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.said,
+            text=True,
+        )
+
+    def train(self, given: Path, got: Path) -> str | None:
+        """Waits for a job; what the process has said where it broke."""
+        try:
+            self.process.stdin.write(f"{given}\t{got}\n")
+            self.process.stdin.flush()
+        except OSError:
+            pass  # it has ended already
+        if self.process.stdout.readline() == "done\n":
+            return None
+        self.process.wait()
+        self.said.seek(0)
+        return self.said.read()
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
 class Contest:
     """Runs jobs that the file lacks.
 
@@ -166,11 +213,25 @@ class Contest:
         data: folder with a folder of train/dev/test .tsv for each task.
         results: the file.
         model_path: of the encoder; None: the demo's.
+        jobs: trainings side by side; 1: each in a process of its own.
+        more: of TrainArguments, for all methods.
     """
 
-    def __init__(self, data: str, results: Results, model_path: str | None = None):
-        self.data, self.results = str(Path(data).absolute()), results
+    def __init__(
+        self,
+        data: str,
+        results: Results,
+        model_path: str | None = None,
+        jobs: int = 1,
+        more: dict | None = None,
+    ):
+        self.data, self.results, self.jobs = str(Path(data).absolute()), results, jobs
         self.model_path = str(Path(model_path).absolute()) if model_path else None
+        self.more = more or {}
+        self._writing = threading.Lock()
+        self._choosing: dict[tuple, threading.Lock] = defaultdict(threading.Lock)
+        self._mine = threading.local()
+        self._servants: list[Servant] = []
 
     def result(self, job: Job) -> dict:
         """The job's line, from the file or by running it.
@@ -181,7 +242,8 @@ class Contest:
         if found := self.results.find(job):
             return found
         row = asdict(job) | self.run(job)
-        self.results.append(row)
+        with self._writing:
+            self.results.append(row)
         typer.echo(
             f"{job.task:6} {job.method:14} seed {job.seed}  {job.split:4} "
             f"{job.learning_rate:.0e}  {100 * row['accuracy']:5.1f} %  {row['cpu_seconds']:6.0f} s"
@@ -189,25 +251,44 @@ class Contest:
         return row
 
     def run(self, job: Job) -> dict:
-        """Trains in a fresh process; see `one.run` for what comes back."""
+        """Trains in another process; see `one.run` for what comes back."""
         more = {"data": self.data, "model_path": self.model_path, "threads": THREADS}
-        environment = os.environ | {"OMP_NUM_THREADS": str(THREADS)}
         with tempfile.TemporaryDirectory() as folder:
             given, got = Path(folder, "job.json"), Path(folder, "result.json")
             given.write_text(json.dumps(asdict(job) | more | {"folder": folder}))
-            call = [sys.executable, "-m", "bench.accuracy.one", str(given), str(got)]
-            done = subprocess.run(
-                call,
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            if done.returncode or not got.exists():
-                said = done.stderr[-_FAILURE:]
-                raise TrainingFailed(f"{job} ended with {done.returncode}:\n{said}")
-            return json.loads(got.read_text())
+            broke = self._alone(given, got) if self.jobs == 1 else self._side_by_side(given, got)
+            if broke is not None or not got.exists():
+                raise TrainingFailed(f"{job} broke:\n{(broke or '')[-_FAILURE:]}")
+            row = json.loads(got.read_text())
+        if self.jobs > 1:
+            row |= {"side_by_side": self.jobs}
+        return row
+
+    def _alone(self, given: Path, got: Path) -> str | None:
+        """What was said by a process that broke."""
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.accuracy.one", str(given), str(got)],
+            cwd=ROOT,
+            env=self._environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        return done.stderr if done.returncode else None
+
+    def _side_by_side(self, given: Path, got: Path) -> str | None:
+        mine = getattr(self._mine, "servant", None)
+        if mine is None:
+            mine = self._mine.servant = Servant(self._environment)
+            self._servants.append(mine)
+        broke = mine.train(given, got)
+        if broke is not None:
+            self._mine.servant = None
+        return broke
+
+    @property
+    def _environment(self) -> dict:
+        return os.environ | {"OMP_NUM_THREADS": str(THREADS)}
 
     def final(self, name: str, task: str, seed: int, choice: dict, common: dict) -> dict:
         """Line of a tested training with the learning rate that is best on dev; of equally good
@@ -220,13 +301,14 @@ class Contest:
             common: fields of all jobs.
         """
         method = METHODS[name]
-        common = {"task": task, "method": name, "settings": method.settings, **common}
+        common = {"task": task, "method": name, "settings": method.settings | self.more, **common}
         rate = method.rates[0]
         if len(method.rates) > 1:
             jobs = [
                 Job(**common | choice, split="dev", learning_rate=rate) for rate in method.rates
             ]
-            rows = [self.result(job) for job in jobs]
+            with self._choosing[name, task, common.get("few_shot")]:
+                rows = [self.result(job) for job in jobs]
             rate = max(rows, key=lambda row: row["accuracy"])["learning_rate"]
         return self.result(Job(**common, seed=seed, split="test", learning_rate=rate))
 
@@ -234,21 +316,38 @@ class Contest:
         """Runs what `finals` gives, functions without arguments; one that fails is said, and the
         next one runs.
         """
-        # So that `kill` ends the training in progress too, and its folder goes.
+        # So that `kill` ends the trainings in progress too, and their folders go.
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        failures = 0
+        failures = []
+
+        def one(final) -> None:
+            try:
+                final()
+            except TrainingFailed as error:
+                failures.append(error)
+                typer.echo(str(error), err=True)
+
         try:
-            for final in finals:
-                try:
-                    final()
-                except TrainingFailed as error:
-                    failures += 1
-                    typer.echo(str(error), err=True)
+            if self.jobs == 1:
+                for final in finals:
+                    one(final)
+            else:
+                self._all_side_by_side(one, finals)
         finally:
             signal.signal(signal.SIGTERM, before)
         if failures:
-            typer.echo(f"{failures} failed; the same command runs them again.", err=True)
+            typer.echo(f"{len(failures)} failed; the same command runs them again.", err=True)
             raise typer.Exit(1)
+
+    def _all_side_by_side(self, one, finals: Iterable) -> None:
+        pool = ThreadPoolExecutor(self.jobs)
+        try:
+            for ended in [pool.submit(one, final) for final in finals]:
+                ended.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for servant in self._servants:
+                servant.end()
 
 
 def numbers(text: str) -> list[int]:

@@ -39,10 +39,10 @@ def _finals(
     model: str,
     epochs: dict[int, int],
 ) -> Iterator[Callable[[], dict]]:
-    """Trainings in their order, seed after seed within a method."""
+    """Trainings in their order, seed after seed."""
     choice = {"seed": CHOICE_SEED}
-    for name in methods:
-        for seed in seeds:
+    for seed in seeds:
+        for name in methods:
             for k, passes in epochs.items():
                 common = {"epochs": passes, "model": model, "few_shot": k}
                 for task in tasks:
@@ -63,6 +63,8 @@ def main(
     num_train_epochs: int = typer.Option(
         None, "--num_train_epochs", help=f"Default: as K says, {EPOCHS}."
     ),
+    bf16: bool = typer.Option(False, "--bf16", help="bf16 autocast."),
+    jobs: int = typer.Option(1, "--jobs", help="Trainings side by side, on a GPU."),
     out: str = typer.Option(str(FILE), "--out"),
 ) -> None:
     """Append a line for each training that the file does not hold yet: choices, then results."""
@@ -71,7 +73,7 @@ def main(
         if num_train_epochs is None and number not in EPOCHS:
             raise typer.BadParameter(f"K = {number} needs --num_train_epochs.")
         epochs[number] = num_train_epochs or EPOCHS[number]
-    contest = Contest(data, Results(out), model)
+    contest = Contest(data, Results(out), model, jobs, {"bf16": True} if bf16 else {})
     contest.all(
         _finals(
             contest,

@@ -1,12 +1,15 @@
 """One training of a contest, in a process of its own: python -m bench.accuracy.one JOB RESULT.
 
 JOB is a file with a `contest.Job` as JSON, and where its data, model and folder are; RESULT is
-written at the end.
+written at the end. Without arguments, a pair of such files for each line of standard input, one
+after another: where many run side by side, starting a program takes longer than training on a GPU.
+A line "done" follows each; a training that fails ends the program.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
@@ -140,6 +143,18 @@ def run(job: dict) -> dict:
     }
 
 
+def serve() -> None:
+    """Trains what standard input names, until it ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a training prints is no answer
+    for line in sys.stdin:
+        _train(*line.rstrip("\n").split("\t"))
+        print("done", file=answers, flush=True)
+
+
+def _train(given: str, got: str) -> None:
+    Path(got).write_text(json.dumps(run(json.loads(Path(given).read_text()))))
+
+
 if __name__ == "__main__":
-    given, got = map(Path, sys.argv[1:])
-    got.write_text(json.dumps(run(json.loads(given.read_text()))))
+    _train(*sys.argv[1:]) if sys.argv[1:] else serve()

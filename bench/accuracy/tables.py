@@ -148,11 +148,17 @@ def _section(rows: Sequence[dict], tasks: Sequence[str], seeds: Sequence[int]) -
         f"{', '.join(map(str, seeds))}; a cell that lacks some says how many it has. The mean over "
         "tasks is over seeds that have all of them.",
         accuracies(finals),
-        "Training's seconds of processor, in one thread, with the build of a late method's cache "
-        f"and without evaluation (mean over seeds); / {BASE}: over the tasks that both have. "
-        "Peak: the most of any training.",
-        costs(finals),
     ]
+    beside = {row.get("side_by_side", 1) for row in rows}
+    if beside == {1}:
+        parts += [
+            "Training's seconds of processor, in one thread, with the build of a late method's "
+            f"cache and without evaluation (mean over seeds); / {BASE}: over the tasks that both "
+            "have. Peak: the most of any training.",
+            costs(finals),
+        ]
+    else:
+        parts += [f"{max(beside)} trainings ran side by side: their seconds do not compare."]
     if any(row["split"] == "dev" for row in rows):
         parts += ["Dev accuracy of the learning rates tried, the best bold.", choices(rows, tasks)]
     facts = [

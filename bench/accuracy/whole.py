@@ -30,13 +30,13 @@ CHOICE_SEED, CHOICE_ROWS, CHOICE_DEV_ROWS = 1, 1500, 872
 def _finals(
     contest: Contest, methods: list[str], tasks: list[str], seeds: list[int], common: dict
 ) -> Iterator[Callable[[], dict]]:
-    """Trainings in their order: all tasks with one seed before the next seed, so that a file that
-    is partly filled is filled evenly.
+    """Trainings in their order: all with one seed before the next seed, so that a file that is
+    partly filled is filled evenly.
     """
     choice = {"seed": CHOICE_SEED}
     choice |= {"max_train_samples": CHOICE_ROWS, "max_eval_samples": CHOICE_DEV_ROWS}
-    for name in methods:
-        for seed in seeds:
+    for seed in seeds:
+        for name in methods:
             for task in tasks:
                 yield partial(contest.final, name, task, seed, choice, common)
 
@@ -52,10 +52,12 @@ def main(
     methods: str = typer.Option("head,lora,full", "--methods", help=f"Of {', '.join(METHODS)}."),
     seeds: str = typer.Option("1,2,3", "--seeds"),
     num_train_epochs: int = typer.Option(EPOCHS, "--num_train_epochs"),
+    bf16: bool = typer.Option(False, "--bf16", help="bf16 autocast."),
+    jobs: int = typer.Option(1, "--jobs", help="Trainings side by side, on a GPU."),
     out: str = typer.Option(str(FILE), "--out"),
 ) -> None:
     """Append a line for each training that the file does not hold yet: choices, then results."""
-    contest = Contest(data, Results(out), model)
+    contest = Contest(data, Results(out), model, jobs, {"bf16": True} if bf16 else {})
     common = {"epochs": num_train_epochs, "model": model or "all-MiniLM-L6-v2"}
     contest.all(
         _finals(

@@ -120,7 +120,7 @@ class Contestant:
     @property
     def graphs(self):
         """Its UpperGraphs, None where it runs without."""
-        return find_late_prompt(self.model).graphs if self.name == GRAPHS else None
+        return find_late_prompt(self.model).graphs if self.name in LATE else None
 
     @property
     def trainable(self) -> int:
@@ -343,7 +343,7 @@ class Zoo:
             if parameter.requires_grad and half:
                 parameter.data = parameter.data.float()
         model.train()
-        if name == GRAPHS:
+        if name == GRAPHS or (name in RECIPES and self.device == "cuda"):
             late = find_late_prompt(model)
             late.graphs = UpperGraphs(late)
         if name in HOLDS and rows is not None and self.device == "cpu":

@@ -239,3 +239,24 @@ def test_a_late_method_in_a_process_of_its_own(files, tmp_path):
     (row,) = Results(out).rows()
     assert (row["train_examples"], row["test_examples"], row["threads"]) == (20, 6, 1)
     assert row["settings"] == METHODS["lpt_paper"].settings and row["cpu_seconds"] > 0
+
+
+@pytest.mark.slow
+def test_side_by_side_is_as_alone(files, tmp_path):
+    """A process that has trained something else before gives the same; one that breaks is said,
+    and another takes its place."""
+    given = ("--data", f"{files}/data", "--model", f"{files}/model", "--num_train_epochs", "1")
+    found = {}
+    for jobs in ("1", "2"):
+        out = tmp_path / f"{jobs}.jsonl"
+        more = ("--methods", "late_lora", "--seeds", "1,2", "--tasks", "subj,mr")
+        words = ["accuracy-whole", *given, *more, "--jobs", jobs, "--out", str(out)]
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 1 and "mr/train.tsv" in done.output
+        names = ("method", "seed", "split", "learning_rate")
+        rows = {tuple(row[n] for n in names): row for row in Results(out).rows()}
+        assert len(rows) == 2
+        found[jobs] = {key: (row["train_loss"], row["accuracy"]) for key, row in rows.items()}
+    assert found["1"] == found["2"]
+    shown = call("accuracy-whole-report", "--file", str(out), "--seeds", "1,2")
+    assert "2 trainings ran side by side" in shown and "cpu" not in shown

@@ -47,12 +47,23 @@ def on_gpu(family, dtype, head="SEQ_CLS", **config):
     calls = []
     for lengths in LENGTHS:
         inputs = batch(lengths=lengths)
-        rows = cached(base, inputs, room=M)
+        rows = cached(base, inputs, room=0 if config.get("generator") == "none" else M)
         labels = {n: x.cuda() for n, x in labels_for(head, inputs).items()}
         calls.append({"cached_hidden": rows.to("cuda"), **labels})
     model.cuda()
     late.lpt_generator.float()
+    late.lpt_lora.float()
+    stir_updates(model)
     return model, late, calls
+
+
+def stir_updates(model):
+    """Late LoRA's B away from zero, where A would have no gradient."""
+    torch.manual_seed(12)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.copy_(torch.randn(p.shape) * 0.05)
 
 
 def step(model, call, autocast=None):
@@ -79,6 +90,16 @@ def exactly(call) -> dict:
     return {n: x.cpu() for n, x in call.items() if n != "cached_hidden"} | {"cached_hidden": rows}
 
 
+def by_place(gradients: dict) -> dict:
+    """Those of the prompt, of late LoRA and of the head, each as one vector: a matrix of late
+    LoRA's alone is so small that its rounding in bf16 differs by more than twice by chance."""
+    places: dict = {"lpt_generator": [], "lpt_lora": [], "head": []}
+    for name, gradient in sorted(gradients.items()):
+        place = next((p for p in places if p in name), "head")
+        places[place].append(gradient.flatten())
+    return {place: torch.cat(parts) for place, parts in places.items() if parts}
+
+
 def errors_of(got: dict, truth: dict) -> torch.Tensor:
     return torch.tensor([float((got[n] - g).norm()) for n, g in truth.items()])
 
@@ -89,11 +110,26 @@ def errors_of(got: dict, truth: dict) -> torch.Tensor:
 )
 @pytest.mark.parametrize("family", ["bert", "mpnet", "gpt2", "qwen3"])
 def test_accumulated_gradients(family, weights, autocast, head):
+    assert_right(family, weights, autocast, head)
+
+
+@pytest.mark.parametrize("generator", ["mppg", "none"])
+@pytest.mark.parametrize(
+    ("weights", "autocast"), [(FP32, None), (BF16, None), (BF16, BF16), (FP32, BF16)]
+)
+@pytest.mark.parametrize("family", ["bert", "mpnet", "gpt2", "qwen3"])
+def test_late_lora(family, weights, autocast, generator):
+    """Beside the prompt and alone."""
+    updates = {"lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": "all-linear"}
+    assert_right(family, weights, autocast, "SEQ_CLS", generator=generator, **updates)
+
+
+def assert_right(family, weights, autocast, head, **config):
     """Of four batches in two buckets, with evaluation between: no farther from fp64 than twice the
     way without graphs."""
-    model, late, calls = on_gpu(family, weights, head)
+    model, late, calls = on_gpu(family, weights, head, **config)
     still(model)
-    exact = still(pair(family, head, torch.float64)[1])
+    exact = still(pair(family, head, torch.float64, **config)[1])
     exact.load_state_dict(model.state_dict())
     find_backbone(exact)[1].late_prompt.upper = "packed"
     truth, _ = accumulated(exact, [exactly(call) for call in calls])
@@ -111,6 +147,8 @@ def test_accumulated_gradients(family, weights, autocast, head):
     assert late.graphs.replayed == before + 4
     (casts,) = {bucket.autocast for bucket in late.graphs._made}
     assert casts == (autocast if weights == FP32 else None)
+    if "lora_r" in config:
+        truth, plain, got = map(by_place, (truth, plain, got))
     sizes = torch.tensor([float(g.norm()) for g in truth.values()])
     fine = 2**-8 if BF16 in (weights, autocast) else 2**-20
     errors = errors_of(got, truth), errors_of(plain, truth)
@@ -119,12 +157,20 @@ def test_accumulated_gradients(family, weights, autocast, head):
         torch.testing.assert_close(a, b, atol=8 * fine, rtol=8 * fine)
 
 
-@pytest.mark.parametrize("generator", ["static", "npg"])
+@pytest.mark.parametrize("generator", ["static", "npg", "none"])
 def test_dropout_is_drawn_by_each_replay(generator):
-    """As without graphs from the same seed, and not the same mask twice."""
-    model, late, calls = on_gpu("bert", FP32, generator=generator)
+    """As without graphs from the same seed, and not the same mask twice. Without a prompt, late
+    LoRA's own."""
+    alone = generator == "none"
+    more = {"lora_r": 4, "lora_dropout": 0.5} if alone else {}
+    model, late, calls = on_gpu("bert", FP32, generator=generator, **more)
     still(model)
-    late.lpt_generator["default"].dropout.p = 0.5
+    if alone:
+        for update in late.lpt_lora["default"].modules():
+            if isinstance(update, torch.nn.Dropout):
+                update.p = 0.5
+    else:
+        late.lpt_generator["default"].dropout.p = 0.5
     ends = []
     for by_graphs in (False, True):
         late.graphs = UpperGraphs(late) if by_graphs else None
@@ -273,8 +319,10 @@ class _Watch(TrainerCallback):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_a_training_by_graphs(family, bf16, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "updates"), [("bert", {}), ("gpt2", {}), ("mpnet", {"lora_r": 4})]
+)
+def test_a_training_by_graphs(family, updates, bf16, tmp_path):
     """The default on a GPU: accumulation, evaluation between, a checkpoint and going on from it.
     (SGD: its weights are sums of gradients.)"""
     settings = {
@@ -290,9 +338,9 @@ def test_a_training_by_graphs(family, bf16, tmp_path):
         "save_steps": 6,
         "eval_dataset": text_rows(16, seed=1),
     }
-    ends, start = [], trained(model_of(family))
+    ends, start = [], trained(model_of(family, **updates))
     for wanted, resume in ((False, None), (None, None), (None, "checkpoint-6")):
-        model, watch = model_of(family), _Watch()
+        model, watch = model_of(family, **updates), _Watch()
         folder = tmp_path / ("plain" if wanted is False else "graphs")
         trainer = cached_trainer(model, folder, tmp_path / "cache", callbacks=[watch], **settings)
         trainer._cuda_graphs = wanted
