@@ -24,6 +24,8 @@ from .data import (
 from .task_data import Data
 
 PROMPT_TUNING_TOKENS = 20
+# Queries and values, by model_type, where PEFT knows none.
+_LORA_TARGETS = {"mpnet": ["q", "v"], "modernbert": ["Wqkv"], "phi3": ["qkv_proj"]}
 
 
 def build_model(args: TrainArguments, data: Data, tokenizer) -> tuple[nn.Module, Formulation]:
@@ -128,12 +130,15 @@ def _adapt(model: nn.Module, args: TrainArguments, task_type) -> nn.Module:
         return model
     if args.method == "lora":
         r = 8 if args.lora_r is None else args.lora_r
+        targets = lora_targets(args.lora_target_modules)
+        if targets is None:
+            targets = _LORA_TARGETS.get(model.config.model_type)
         config = LoraConfig(
             task_type=task_type,
             r=r,
             lora_alpha=2 * r if args.lora_alpha is None else args.lora_alpha,
             lora_dropout=0.1 if args.lora_dropout is None else args.lora_dropout,
-            target_modules=lora_targets(args.lora_target_modules),
+            target_modules=targets,
         )
     else:
         config = PromptTuningConfig(task_type=task_type, num_virtual_tokens=PROMPT_TUNING_TOKENS)

@@ -7,10 +7,13 @@ import json
 import pytest
 import torch
 
+from lpt_fast.cli.arguments import TrainArguments
 from lpt_fast.cli.inference import Classifier
+from lpt_fast.cli.model import _adapt
 from tests.cli.cases import invoke, refused
 from tests.cli.test_cli import run_train
 from tests.cli.test_cli_activation_cache import results_of, same_numbers
+from tests.tiny import FAMILIES, tiny
 
 ALL = ("--lora_r", 2, "--lora_target_modules", "all-linear")
 ALONE = (*ALL, "--generator", "none")
@@ -80,3 +83,15 @@ def test_flags_that_do_not_go_together(models_dir, data, tmp_path):
     ):
         assert message in refused(*base, *flags)
     assert not list((tmp_path / "out").glob("adapter*"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_of_every_family(family):
+    """Queries and values, also where PEFT has no default for the architecture."""
+    model = tiny(family, "SEQ_CLS")
+    args = TrainArguments(model="-", task="subj", train_file="-", method="lora")
+    adapted = _adapt(model, args, "SEQ_CLS")
+    ends = {name.rpartition(".")[2] for name in adapted.targeted_module_names}
+    whole = {"in_proj", "c_attn", "Wqkv", "qkv_proj"}  # queries, keys and values in one
+    parts = {"query", "value"}, {"query_proj", "value_proj"}, {"q_proj", "v_proj"}, {"q", "v"}
+    assert ends in parts or (len(ends) == 1 and ends <= whole)
