@@ -4,7 +4,8 @@ The target is what a head alone reaches at its best plus 95 % of what full fine-
 it. The clock runs while a method trains, and while it computes what it computes once (a cache of
 the training texts, features for the head); it stands still while the model is evaluated. Methods
 train one after another, so that what else the machine does meanwhile counts in the one that trains:
-these seconds are noisier than the steps of `python -m bench train`.
+these seconds are noisier than the steps of `python -m bench train`. With one thread they are the
+processor's, which depend less on that.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ import typer
 from ..paths import RESULTS
 
 # The first two say what the target is.
-METHODS = ("head", "full", "recipe", "lora", "prompt_tuning", "cached_packed")
+METHODS = (
+    *("head", "full", "recipe", "lora", "prompt_tuning", "cached_packed"),
+    *("lpt_lora", "late_lora"),
+)
 SHARE = 0.95
 # A head's epochs cost next to nothing, so it gets so many times as many.
 HEAD_TIMES = 5
@@ -88,6 +92,7 @@ def train_curve(
     from ..data import batches
 
     clock, steps, curve, stopped = before, 0, [], "epochs"
+    now = seconds_of()
 
     def look() -> bool:
         curve.append((round(clock, 3), round(evaluate(), 5)))
@@ -95,9 +100,9 @@ def train_curve(
 
     for epoch in range(limits.epochs):
         for rows in batches(count, limits.batch_size, 1000 * seed + epoch):
-            start = time.perf_counter()
+            start = now()
             step(rows)
-            clock += time.perf_counter() - start
+            clock += now() - start
             steps += 1
             late = clock > limits.seconds
             if steps % limits.eval_steps == 0 or late:
@@ -110,6 +115,13 @@ def train_curve(
     if steps % limits.eval_steps:
         look()
     return {"curve": curve, "steps": steps, "stopped": stopped}
+
+
+def seconds_of() -> Callable[[], float]:
+    """The clock: of the processor where one thread runs."""
+    import torch
+
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 class Task:
@@ -151,14 +163,17 @@ class Task:
 
         k = self.k if method in LATE else None
         with temporary() as folder:
-            filled = None
+            filled, now = None, seconds_of()
+            start = now()
             if method == "head":
                 filled = fill_features(self.zoo, self.train, self.everything)
             elif method in LATE and LATE[method][1]:
                 filled = fill_cache(self.zoo, self.train, self.everything, k, folder, "bf16")
+            before = 0.0 if filled is None else now() - start
             rows = None if filled is None else filled.rows
             contestant = self.zoo.contestant(method, k, self.train, rows)
-            before = 0.0 if filled is None else filled.seconds
+            if contestant.rows is not None:
+                before += contestant.rows.held_seconds
             found = train_curve(
                 contestant.step,
                 self._evaluation(contestant),
@@ -248,7 +263,8 @@ def main(
         f"Accuracy on {eval_rows} texts of {split} every {eval_steps} steps. A training ends after "
         f"{max_epochs} epochs (a head's after {HEAD_TIMES * max_epochs}), {max_seconds:g} s, or "
         f"its {ENOUGH}rd evaluation at the target. One after another, constant learning rate, "
-        f"{torch.get_num_threads()} thread(s): seconds are noisy."
+        f"{torch.get_num_threads()} thread(s): seconds "
+        + ("are the processor's." if torch.get_num_threads() == 1 else "are noisy.")
     )
     for task in tasks.split(","):
         for seed in map(int, seeds.split(",")):

@@ -128,8 +128,13 @@ class Contestant:
 
     @cached_property
     def optimizer(self) -> torch.optim.Optimizer:
-        rate = LEARNING_RATES[method_of(self.name)]
-        return torch.optim.AdamW([p for _, p in self.trained()], lr=rate, fused=True)
+        rate, own = LEARNING_RATES[method_of(self.name)], LEARNING_RATES["late_lora"]
+        rate = own if LORA.get(self.name) == _ALONE else rate
+        groups = [
+            {"params": [p for n, p in self.trained() if ("lpt_lora" in n) == lora], "lr": lr}
+            for lora, lr in ((False, rate), (True, own))
+        ]
+        return torch.optim.AdamW([g for g in groups if g["params"]], fused=True)
 
     def _context(self):
         if self.autocast is None:
@@ -293,7 +298,9 @@ class Zoo:
             )
             model = get_peft_model(model, config)
             for part, weight in model.named_parameters():
-                if "lora_B" in part:  # at zero, A would have no gradient to compare
+                if (
+                    "lora_B" in part and not self.dropout
+                ):  # at zero, A would have no gradient to compare
                     nn.init.normal_(weight, std=0.02)
             return model
         if method == "full":

@@ -13,6 +13,8 @@ from ..paths import RESULTS
 
 COLOURS = {
     "cached_packed": "#d62728",
+    "late_lora": "#ff7f0e",
+    "lpt_lora": "#e377c2",
     "recipe": "#1f77b4",
     "lora": "#2ca02c",
     "prompt_tuning": "#9467bd",
@@ -21,6 +23,8 @@ COLOURS = {
 }
 NAMES = {
     "cached_packed": "late prompt, cache, packed",
+    "late_lora": "late LoRA alone, the same",
+    "lpt_lora": "late prompt and late LoRA, the same",
     "recipe": "late prompt, authors' recipe",
     "lora": "LoRA",
     "prompt_tuning": "prompt tuning",

@@ -244,7 +244,11 @@ def _position_bias(backbone: nn.Module, family: Family, rows: Tensor, plan: Plan
     if not family.relative_bias:
         return None
     with torch.no_grad():
-        return backbone.encoder.compute_position_bias(rows.new_empty(1, plan.size, 1))[0]
+        # (Transformers 5.17 counts places on the host, which no CUDA graph can hold.)
+        places = torch.arange(plan.size, device=rows.device)
+        encoder = backbone.encoder
+        bucket = encoder.relative_position_bucket(places[None, :] - places[:, None])
+        return encoder.relative_attention_bias(bucket).permute(2, 0, 1).contiguous()
 
 
 def project_first(

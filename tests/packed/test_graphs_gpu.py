@@ -160,7 +160,7 @@ def assert_right(family, weights, autocast, head, **config):
 @pytest.mark.parametrize("generator", ["static", "npg", "none"])
 def test_dropout_is_drawn_by_each_replay(generator):
     """As without graphs from the same seed, and not the same mask twice. Without a prompt, late
-    LoRA's own."""
+    LoRA's own, which is also drawn for filler texts: other masks than without graphs."""
     alone = generator == "none"
     more = {"lora_r": 4, "lora_dropout": 0.5} if alone else {}
     model, late, calls = on_gpu("bert", FP32, generator=generator, **more)
@@ -177,7 +177,7 @@ def test_dropout_is_drawn_by_each_replay(generator):
         torch.manual_seed(5)
         ends.append([accumulated(model, calls[:1])[0] for _ in range(7)])
     assert late.graphs.replayed == 7 - graphs.WORTH
-    for got, plain in zip(*reversed(ends), strict=True):
+    for got, plain in [] if alone else zip(*reversed(ends), strict=True):
         sizes = [g.norm() for g in plain.values()]
         assert (errors_of(got, plain) <= 1e-4 * torch.tensor(sizes) + 1e-6 * max(sizes)).all()
     for a, b in zip(ends[1], ends[1][1:], strict=False):
