@@ -88,7 +88,8 @@ def main(
 
 def report(
     path: str = typer.Option(str(FILE), "--file", help="Results to show."),
+    tasks: str = typer.Option(",".join(TASKS), "--tasks"),
     seeds: str = typer.Option(SEEDS, "--seeds", help="That a full table has."),
 ) -> None:
     """Print accuracies, costs and chosen learning rates as Markdown, for each K."""
-    typer.echo(tables.report(Results(path).rows(), TASKS, numbers(seeds)))
+    typer.echo(tables.report(Results(path).rows(), chosen(tasks, TASKS, "--tasks"), numbers(seeds)))

@@ -72,7 +72,8 @@ def main(
 
 def report(
     path: str = typer.Option(str(FILE), "--file", help="Results to show."),
+    tasks: str = typer.Option(",".join(TASKS), "--tasks"),
     seeds: str = typer.Option("1,2,3", "--seeds", help="That a full table has."),
 ) -> None:
     """Print accuracies, costs and chosen learning rates as Markdown."""
-    typer.echo(tables.report(Results(path).rows(), TASKS, numbers(seeds)))
+    typer.echo(tables.report(Results(path).rows(), chosen(tasks, TASKS, "--tasks"), numbers(seeds)))
