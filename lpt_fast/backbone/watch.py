@@ -48,7 +48,7 @@ class _Entries:
         )
 
 
-class _Remembered:
+class Remembered:
     """A copy of a model, or a loaded one, begins without: its modules are others."""
 
     def __deepcopy__(self, memo) -> None:
@@ -58,7 +58,7 @@ class _Remembered:
         return type(None), ()
 
 
-class Watch(_Remembered):
+class Watch(Remembered):
     """Remembers modules as they are now.
 
     Args:
@@ -116,6 +116,10 @@ class Watch(_Remembered):
             and self._state_now() == self._state
         )
 
+    def modes(self) -> list[bool]:
+        """Which of the modules are in training mode."""
+        return list(map(_TRAINING, self._owners))
+
     def any_training(self) -> bool:
         return any(map(_TRAINING, self._owners))
 
@@ -159,7 +163,7 @@ class _Half:
                 part.train(mode)
 
 
-class Modes(_Remembered):
+class Modes(Remembered):
     """Sets the modes of the frozen layers, where they differ.
 
     Args:

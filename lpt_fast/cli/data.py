@@ -12,6 +12,7 @@ import torch
 from ..tasks import TaskSpec, encode_cloze, encode_texts, label_word_ids
 from ..tasks.cloze import TextFault
 from ..tasks.messages import Origin, sentence, shown, with_source
+from ..train.collators import pad
 
 RUN_FILE = "lpt_run.json"
 ROW = "lpt_fast:row"  # column: number of the row where it comes from
@@ -174,12 +175,10 @@ class Collator:
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         names = ("input_ids", "attention_mask", "token_type_ids")
-        batch = self.tokenizer.pad(
-            [{name: e[name] for name in names if name in e} for e in examples],
-            padding=True,
-            return_tensors="pt",
-        )
-        batch = dict(batch)
+        texts = [{name: e[name] for name in names if name in e} for e in examples]
+        batch = pad(texts, self.tokenizer)
+        if batch is None:
+            batch = dict(self.tokenizer.pad(texts, padding=True, return_tensors="pt"))
         length = batch["input_ids"].shape[1]
         left = self.tokenizer.padding_side == "left"
         if "labels" in examples[0]:

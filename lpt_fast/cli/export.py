@@ -59,7 +59,7 @@ def export(args: ExportArguments) -> list[str]:
         )
     target = Path(args.output_file or Path(args.adapter) / f"model{SUFFIX[args.format]}")
     check_file(target, "--output_file")
-    classifier = Classifier(args.adapter, args.model, use_cpu=True)
+    classifier = Classifier(args.adapter, args.model, use_cpu=True, compute_dtype="float32")
     if classifier.formulation.cloze:
         raise ValueError(
             f"{args.adapter} holds a model that predicts label words, expected one with a head "

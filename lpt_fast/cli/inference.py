@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from ..backbone.families import find_backbone
+from ..backbone.families import find_backbone, get_layers
+from ..cache.forward import batches_of
 from ..tasks import classification_metrics, encode_labels
 from ..tasks.messages import Origin
+from ..train.compute_dtype import ENOUGH, gain_of, parse
 from .arguments import ADAPTER_METHODS, EvalArguments
 from .data import (
     RUN_FILE,
@@ -32,6 +35,10 @@ from .data import (
 )
 from .model import PROMPT_TUNING_TOKENS
 
+logger = logging.getLogger(__name__)
+
+TOKENS = 4096  # of a batch, padding counted
+
 
 class Classifier:
     """A model that `lpt-fast train` wrote, ready to classify texts.
@@ -40,8 +47,10 @@ class Classifier:
         folder: the output folder of the training.
         model: base model to use instead of the one that the folder names (it may have moved).
         max_length: most tokens of an example, if other than in training.
-        batch_size: examples of a batch.
+        batch_size: examples of a batch; None: so many as have TOKENS tokens.
         use_cpu: stay on the CPU where there is a GPU.
+        compute_dtype: of the model on a CPU, "float32" or "bfloat16"; None: bfloat16 where the
+            processor is found to multiply it faster and the model is in float32.
 
     Raises:
         ValueError: for a folder that holds no training, or a base model that cannot be loaded or
@@ -53,8 +62,9 @@ class Classifier:
         folder: str,
         model: str | None = None,
         max_length: int | None = None,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         use_cpu: bool = False,
+        compute_dtype: str | None = None,
     ):
         run = Path(folder) / RUN_FILE
         if not run.is_file():
@@ -67,6 +77,7 @@ class Classifier:
         self.device = torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
         self.tokenizer = load_tokenizer(folder)
         self.model = self._load(folder, model or self.formulation.model).eval().to(self.device)
+        self._in_bf16(parse(compute_dtype))
         if max_length is not None:
             self.formulation.max_length = self._checked(max_length)
         self._words = self.formulation.word_ids(self.tokenizer) if self.formulation.cloze else None
@@ -101,13 +112,37 @@ class Classifier:
                 f"{form.model}): {reason}"
             ) from None
 
+    def _in_bf16(self, asked: torch.dtype | None) -> bool:
+        """Whether the model runs in bf16 instead of fp32: it is then cast, here. (Nobody else has
+        it, and nothing of it is saved.)
+        """
+        _, backbone, family = find_backbone(self._base)
+        layer = get_layers(backbone, family)[0]
+        own = next(layer.parameters()).dtype
+        if self.device.type != "cpu" or own != torch.float32 or asked == torch.float32:
+            return False
+        if asked is None:
+            gain = gain_of(layer)
+            if gain < ENOUGH:
+                return False
+            logger.info(
+                "The model runs in bfloat16, which this processor multiplies %.1f times as fast; "
+                "compute_dtype='float32' keeps it in float32.",
+                gain,
+            )
+        self.model.to(torch.bfloat16)
+        return True
+
     def _checked(self, max_length: int) -> int:
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        _, backbone, family = find_backbone(base)
+        _, backbone, family = find_backbone(self._base)
         limit = family.max_length(backbone.config) or 10**9
         if self.formulation.method == "prompt_tuning":
             limit -= PROMPT_TUNING_TOKENS
         return checked_max_length(max_length, limit, self.formulation.model, self.tokenizer)
+
+    @property
+    def _base(self):
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     @property
     def labels(self) -> list[str]:
@@ -129,10 +164,15 @@ class Classifier:
         out = np.zeros((len(examples), len(self.labels)), dtype=np.float32)
         collate = Collator(self.tokenizer)
         # Texts of like length together: less padding.
-        order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
-        steps = range(0, len(order), self.batch_size)
-        for start in tqdm(steps, desc="Predicting", disable=not progress):
-            index = order[start : start + self.batch_size]
+        lengths = np.array([len(example["input_ids"]) for example in examples], dtype=np.int64)
+        order = np.argsort(-lengths, kind="stable")  # what does not fit the memory is said at once
+        if self.batch_size is None:
+            parts = list(batches_of(lengths[order], TOKENS))
+        else:
+            starts = range(0, len(order), self.batch_size)
+            parts = [slice(start, start + self.batch_size) for start in starts]
+        for part in tqdm(parts, desc="Predicting", disable=not progress):
+            index = order[part]
             batch = {k: v.to(self.device) for k, v in collate([examples[i] for i in index]).items()}
             if not isinstance(self.model, PeftModel):
                 batch.pop("context_lengths", None)
@@ -166,7 +206,12 @@ def evaluate(args: EvalArguments) -> dict[str, float]:
         accuracy, f1, mcc in [0, 1] (mcc in [-1, 1]), and `examples`.
     """
     classifier = Classifier(
-        args.adapter, args.model, args.max_length, args.per_device_eval_batch_size, args.use_cpu
+        args.adapter,
+        args.model,
+        args.max_length,
+        args.per_device_eval_batch_size,
+        args.use_cpu,
+        args.compute_dtype,
     )
     form = classifier.formulation
     columns = (

@@ -74,6 +74,7 @@ def predict(args: PredictArguments, stdin: TextIO, stdout: TextIO) -> None:
         args.max_length,
         args.per_device_eval_batch_size,
         args.use_cpu,
+        args.compute_dtype,
     )
     texts, origin = read_texts(args, stdin, classifier.formulation)
     taken = {*_header({}, classifier.labels), "probabilities"} & set(texts)

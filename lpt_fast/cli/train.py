@@ -79,7 +79,8 @@ def training_arguments(
         logging_steps=args.logging_steps,
         report_to=args.report_to,
         train_sampling_strategy="group_by_length" if args.group_by_length else "random",
-        use_cpu=args.use_cpu,
+        # (Without an accelerator TrainingArguments wants it said, where there is no choice.)
+        use_cpu=args.use_cpu or (args.bf16 and not torch.accelerator.is_available()),
         # Trainer would drop what the base model's forward does not name, context_lengths among it.
         remove_unused_columns=False,
         label_names=["labels"],
@@ -155,7 +156,7 @@ def train(args: TrainArguments) -> dict:
         one_token = formulation.cloze and args.label_smoothing_factor == 0
         trainer_class = LPTTrainer
         more = {"activation_cache": args.activation_cache, "upper": args.upper}
-        more["readout_only"] = one_token
+        more |= {"readout_only": one_token, "compute_dtype": args.compute_dtype}
         more["lora_learning_rate"] = _lora_rate(args)
     trainer = trainer_class(
         model=model,

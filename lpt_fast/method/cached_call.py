@@ -89,6 +89,13 @@ def layer_dtype(late, k: int) -> torch.dtype | None:
     return next((p.dtype for p in weights if p.dtype in _FLOATS), None)
 
 
+def rows_dtype(late, k: int) -> torch.dtype | None:
+    """Of rows that run packed above layer k: of the layers' copy where there is one, else layer
+    k's.
+    """
+    return late.compute_dtype or layer_dtype(late, k)
+
+
 def check_outputs(config, kwargs: dict) -> None:
     """Refuses to give what the layers that do not run would have given.
 

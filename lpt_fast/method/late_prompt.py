@@ -17,6 +17,7 @@ from ..backbone.families import Family, get_layers, is_language_model
 from ..backbone.low_rank import LowRank
 from ..backbone.lower import run_lower
 from ..backbone.watch import Modes, Watch
+from ..packed.compute import ComputeCopy
 from . import cached_call as cached
 from .call_inputs import attended_of, check_inputs, give_each_a_token
 from .config import LPTConfig, check_upper
@@ -64,6 +65,8 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         # UpperGraphs (graphs.py) where training runs by CUDA graphs, else None.
         self.graphs = None
         self._said: set[str | None] = set()  # why layers ran as they did, said once
+        self._compute_dtype: torch.dtype | None = None
+        self._copy: ComputeCopy | None = None
         # What was found out of the model's modules, while they stay as they are (watch.py).
         self._modes: Modes | None = None
         self.plain: dict[int, Watch | None] = {}
@@ -245,6 +248,27 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         """
         names = [n for n in self.active_adapters if n in self.lpt_config]
         return self.lpt_config[names[0]] if names and not self.disable_adapters else None
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """In which the packed layers run, on a CPU; None: in the model's own."""
+        return self._compute_dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, value: torch.dtype | None) -> None:
+        if value != self._compute_dtype:
+            self._compute_dtype, self._copy = value, None
+
+    def computing(self, k: int) -> nn.Module:
+        """The backbone whose layers above k run packed: a copy of them in `compute_dtype`, or the
+        model's own.
+        """
+        dtype = self.compute_dtype
+        if dtype is None:
+            return self.backbone
+        if self._copy is None or not self._copy.fits(self.backbone, k, dtype):
+            self._copy = ComputeCopy(self.backbone, self.family, k, dtype)
+        return self._copy.backbone
 
     # -- modes and labels --------------------------------------------------------------------------
 

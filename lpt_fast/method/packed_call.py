@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,11 +22,12 @@ from transformers.modeling_outputs import (
 from ..backbone.arguments import given_cache, set_cache
 from ..backbone.lower import run_lower
 from ..insertion.padded_layout import check
+from ..packed.attention import without_autocast
 from ..packed.held import HeldRows
 from ..packed.plan import Plan
 from ..packed.stack import first_updated, run_packed, why_padded
 from ..packing import PackedBatch
-from .cached_call import layer_dtype, outputs_asked
+from .cached_call import layer_dtype, outputs_asked, rows_dtype
 from .context import Call, attended
 from .readout import head_reads, last_column
 
@@ -168,6 +170,7 @@ def forward_packed(late, call: Call, rows: Rows, ids: Tensor | None):
     device = rows.buffer.device
     name = late.active_adapters[0]
     config, generator = late.lpt_config[name], late.lpt_generator[name]
+    k = config.insertion_layer
     readable = end = None
     if family.causal:
         tokens = attended(rows.tokens, B, S, device)
@@ -187,21 +190,27 @@ def forward_packed(late, call: Call, rows: Rows, ids: Tensor | None):
         context = None if end is None else torch.stack((torch.zeros_like(end), end), 1)
         held, updates = None, late.updates(name)
         if rows.held is not None:
-            updated = first_updated(backbone, family, config.insertion_layer, updates)
+            updated = first_updated(backbone, family, k, updates)
             if rows.held.fits(rows.buffer, plan.m, updated):
                 held = rows.held.take(plan)
-        out = run_packed(
-            backbone,
-            family,
-            config.insertion_layer,
-            generator.fill(rows.buffer, rows.cu_seqlens, context, states),
-            plan,
-            positions=rows.rotary_positions() if family.takes_positions else None,
-            readout=reads is not None,
-            place=place,
-            held=held,
-            updates=updates,
-        )
+        filled = generator.fill(rows.buffer, rows.cu_seqlens, context, states)
+        own = late.compute_dtype
+        # (Autocast would cast back and forth between what is in its dtype already.)
+        with nullcontext() if own is None else without_autocast(filled):
+            out = run_packed(
+                late.computing(k),
+                family,
+                k,
+                filled,
+                plan,
+                positions=rows.rotary_positions() if family.takes_positions else None,
+                readout=reads is not None,
+                place=place,
+                held=held,
+                updates=updates,
+            )
+        if own is not None:
+            out = out.to(layer_dtype(late, k))
     if reads is None:
         last = rows.padded(out)
     else:
@@ -300,7 +309,7 @@ def run_call(late, call: Call, inputs: dict, kwargs: dict):
     k, m = config.insertion_layer, config.num_virtual_tokens
     ids = inputs.get("input_ids")
     if call.cached is not None:
-        dtype = layer_dtype(late, k) or call.cached.hidden.dtype
+        dtype = rows_dtype(late, k) or call.cached.hidden.dtype
         rows = Rows.of_batch(call.cached, dtype, m)
     else:
         kwargs = {**kwargs, "return_dict": True}
@@ -316,5 +325,6 @@ def run_call(late, call: Call, inputs: dict, kwargs: dict):
             # the mask too.
             column = torch.arange(tokens.shape[1], device=tokens.device)
             positions = column - tokens.int().argmax(1, keepdim=True)
-        rows = Rows.of_text(hidden.last_hidden_state, tokens, positions, m)
+        states = hidden.last_hidden_state
+        rows = Rows.of_text(states.to(late.compute_dtype or states.dtype), tokens, positions, m)
     return forward_packed(late, call, rows, ids)

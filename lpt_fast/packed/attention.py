@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, wraps
 
 import torch
 from torch import Tensor
@@ -35,6 +35,19 @@ def without_autocast(x: Tensor):
     """A context in which operations on the device of x run in the dtypes that they are given."""
     casts = autocast_dtype(x) is not None
     return torch.autocast(x.device.type, enabled=False) if casts else nullcontext()
+
+
+def plainly(backward):
+    """The backward of a Function in the dtypes of its forward, also where it is called under
+    autocast.
+    """
+
+    @wraps(backward)
+    def run(ctx, *grads):
+        with without_autocast(next(grad for grad in grads if grad is not None)):
+            return backward(ctx, *grads)
+
+    return run
 
 
 class _Regroup(torch.autograd.Function):
@@ -143,6 +156,7 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @plainly
     def backward(ctx, grad):
         heads, kv_heads, scale, prompt_only = ctx.settings
         plan = ctx.plan

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .attention import autocast_dtype, to_heads, without_autocast
+from .attention import autocast_dtype, plainly, to_heads, without_autocast
 from .low_rank import Part, add_by_heads
 from .plan import Group, Plan
 
@@ -164,6 +164,7 @@ class _ByHeads(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @plainly
     def backward(ctx, grad):
         return _by_heads(grad, ctx.saved_tensors[0].transpose(1, 2)), None
 
@@ -193,6 +194,7 @@ class _Absorbed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @plainly
     def backward(ctx, d_pooled):
         x, u, *chances = ctx.saved_tensors
         dx, du = torch.empty_like(x), torch.empty_like(u)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backbone.low_rank import LowRank
-from .attention import without_autocast
+from .attention import plainly, without_autocast
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ class _Adapt(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @plainly
     def backward(ctx, *grads):
         n = len(ctx.scales)
         x, *rest = ctx.saved_tensors

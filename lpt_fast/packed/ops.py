@@ -5,7 +5,6 @@ they run, else PyTorch's own.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..insertion.checks import choose_impl
-from .attention import autocast_dtype
+from .attention import autocast_dtype, plainly, without_autocast
 
 
 def fused(x: Tensor, *others: Tensor | None) -> bool:
@@ -61,7 +60,9 @@ class _Gelu(torch.autograd.Function):
     def forward(ctx, x, approximate):
         ctx.approximate = approximate
         ctx.save_for_backward(x)
-        return F.gelu(x, approximate=approximate)
+        # (The view keeps oneDNN out, which compiles a program for each new number of rows. Texts
+        # differ in length, so nearly every batch has one.)
+        return F.gelu(x.t(), approximate=approximate).t()
 
     @staticmethod
     @once_differentiable
@@ -123,6 +124,7 @@ class _Branches(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @plainly
     def backward(ctx, *grads):
         weights = ctx.saved_tensors
         d = None if len(grads) == len(weights) else grads[0]
@@ -191,7 +193,7 @@ class FromPrompts(torch.autograd.Function):
         grads = [g.index_select(0, rows) for g in grads]
         # (Backward runs outside of the autocast of the forward.)
         again = ctx.autocast is not None
-        with torch.autocast(dx.device.type, ctx.autocast) if again else nullcontext():
+        with torch.autocast(dx.device.type, ctx.autocast) if again else without_autocast(dx):
             d = ctx.project_backward(ctx.saved_tensors[0], rows, grads)
         d = add(dx.index_select(0, rows), d)
         return torch.zeros_like(dx).index_copy_(0, rows, d), *[None] * 5

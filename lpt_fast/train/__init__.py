@@ -5,7 +5,7 @@ cached_dataset.py  examples with cached rows      cursor.py        where a train
 collators.py       batches of them                disk_room.py     saving to a disk that is full
 projections.py     held rows, made from a cache   fsdp.py          a backbone over several devices
 training_record.py what a checkpoint's weights mean
-learning_rates.py  late LoRA's own
+learning_rates.py  late LoRA's own                compute_dtype.py  bf16 on a CPU
 figures.py         what the model card says of evaluations
 
 Gives LPTTrainer, last_checkpoint and shard_frozen. Knows all rooms but the command line.

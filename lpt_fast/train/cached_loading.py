@@ -12,9 +12,9 @@ from transformers.utils import is_datasets_available
 from ..cache import ActivationCache
 from ..cache.errors import CacheBusyError
 from ..cache.rows import TextRules
-from ..method.cached_call import layer_dtype
+from ..method.cached_call import rows_dtype
 from .cached_dataset import TEXT, CachedDataset, TextsOf
-from .collators import CachedCollator, WithReadout
+from .collators import CachedCollator, Padding, WithReadout
 from .cursor import is_numbered
 from .projections import Projections, hold
 
@@ -26,7 +26,7 @@ REMEMBERED = 8  # data sets whose rows are known without asking again
 
 class CachedLoading:
     """Mixed into a Trainer that has `activation_cache` (a folder, an open cache or None),
-    `hold_projections`, `_late_prompt`, `_ahead`, `_holding`, `_label_rules()`, `_has_own_loss()`
+    `hold_projections`, `_chosen_dtype()`, `_late_prompt`, `_ahead`, `_holding`, `_label_rules()`, `_has_own_loss()`
     and `_reads_one_token()`.
     """
 
@@ -41,7 +41,11 @@ class CachedLoading:
             return given
         layer = self._late_prompt.active_config.insertion_layer
         if layer not in self._caches:
-            self._caches[layer] = ActivationCache.open(given, self.model)
+            cache = ActivationCache.open(given, self.model)
+            if len(cache) == 0 and self._chosen_dtype() == torch.bfloat16:
+                # (A cache that is there already serves as well, and is there.)
+                cache = ActivationCache.open(given, self.model, compute_dtype="bfloat16")
+            self._caches[layer] = cache
         return self._caches[layer]
 
     def _keys_of(self, dataset, kept) -> tuple[ActivationCache, np.ndarray]:
@@ -119,9 +123,10 @@ class CachedLoading:
                 self.data_collator = WithReadout(own, self._late_prompt.causal_lm)
         else:
             kept = self._kept(dataset, description)
-            collator = own
+            quick = Padding(own) if Padding.fits(own) else own
+            collator = quick
             if kept is dataset:  # no data set that removed them by itself
-                collator = self._get_collator_with_removed_columns(own, description)
+                collator = self._get_collator_with_removed_columns(quick, description)
             cache, keys = self._keys_of(dataset, kept)
             self.data_collator = self._cached_collator(collator, cache)
             if description == "Training" and self.is_in_train:
@@ -142,7 +147,7 @@ class CachedLoading:
     def _cached_collator(self, collator, cache: ActivationCache) -> CachedCollator:
         late = self._late_prompt
         config = late.active_config
-        dtype = layer_dtype(late, config.insertion_layer)
+        dtype = rows_dtype(late, config.insertion_layer)
         how = {"room": config.num_virtual_tokens, "dtype": dtype}
         text = TextRules.of(late.backbone, late.family)
         return CachedCollator(collator, cache, self._ahead, text, self._label_rules(), how)

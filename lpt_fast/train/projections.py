@@ -17,7 +17,7 @@ from ..backbone.families import get_layers
 from ..cache import ActivationCache
 from ..cache.index import KeyTable
 from ..cache.planner import amount, held_limit
-from ..method.cached_call import layer_dtype
+from ..method.cached_call import rows_dtype
 from ..packed.held import HeldRows, kind_of
 from ..packed.stack import first_updated, project_first, why_padded
 from ..packing import PackedBatch
@@ -136,12 +136,12 @@ def hold(
 def _project(late, cache, rows: np.ndarray) -> tuple[tuple[Tensor, ...], tuple]:
     config = late.active_config
     k, m = config.insertion_layer, config.num_virtual_tokens
-    batch: PackedBatch = cache.read(rows, dtype=layer_dtype(late, k))
+    batch: PackedBatch = cache.read(rows, dtype=rows_dtype(late, k))
     positions = None
     if late.family.takes_positions:
         _, place = batch.places
         positions = (place if batch.position_ids is None else batch.position_ids) + m
     updates = late.updates(late.active_adapters[0])
-    made = project_first(late.backbone, late.family, k, batch.hidden, positions, updates)
+    made = project_first(late.computing(k), late.family, k, batch.hidden, positions, updates)
     updated = first_updated(late.backbone, late.family, k, updates)
     return made, kind_of(batch.hidden, m, updated)

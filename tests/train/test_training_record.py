@@ -57,6 +57,7 @@ def test_what_a_checkpoint_says(stopped):
         "insertion_layer": 2,
         "generator": "npg",
         "num_virtual_tokens": 3,
+        "compute_dtype": None,
         "bottleneck_size": 8,
         "lora_r": None,
         "lora_alpha": None,
