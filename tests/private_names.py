@@ -29,6 +29,7 @@ PRIVATE: dict[tuple[str, str], str] = {
     (_TRAINER, "_inner_training_loop"): _NEVER_CALLED + "CUDA graphs are not used",
     (_TRAINER, "_prepare_inputs"): _NEVER_CALLED + "batches read ahead reach the model unfinished",
     (_TRAINER, "_track_num_input_tokens"): _NEVER_CALLED + "KeyError: input_ids with a cache",
+    (_TRAINER, "_clip_grad_norm"): "nothing: the Trainer's own walks through all parameters",
     (_TRAINER, "_tr_loss"): "AttributeError in the first step: the mean behind a loss that is NaN",
     (_TRAINER, "_globalstep_last_logged"): "AttributeError in the first step, as _tr_loss",
     (_TRAINER, "_train_batch_size"): "AttributeError when training begins: the order of examples",

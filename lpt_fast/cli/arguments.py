@@ -15,6 +15,10 @@ FORMULATIONS = ("classification", "cloze")
 UPPER = ("auto", "packed", "padded")
 TORCH_DTYPES = ("float32", "bfloat16", "float16")
 COMPUTE_DTYPES = ("float32", "bfloat16")
+_OF_MODEL = (
+    "Of the model on a CPU: float32 or bfloat16. Default: bfloat16 where the processor is found to "
+    "multiply it faster."
+)
 
 
 def option(default: Any, help: str, panel: str) -> Any:
@@ -227,8 +231,7 @@ class TrainArguments(DataArguments):
             )
         if not (self.train_file or self.dataset):
             raise ValueError("There is nothing to train on: give --train_file or --dataset.")
-        if self.compute_dtype is not None:
-            one_of("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        _check_compute_dtype(self.compute_dtype)
         for name in ("activation_cache", "upper", "lora_learning_rate", "compute_dtype"):
             value = getattr(self, name)
             if value is not None and self.method != "lpt":
@@ -288,16 +291,12 @@ class EvalArguments(DataArguments):
     per_device_eval_batch_size: int | None = option(
         None, "Examples of a batch. Default: so many as have 4096 tokens.", "Run"
     )
-    compute_dtype: str | None = option(
-        None,
-        "Of the model on a CPU: float32 or bfloat16. Default: bfloat16 where the processor is found "
-        "to multiply it faster.",
-        "Run",
-    )
+    compute_dtype: str | None = option(None, _OF_MODEL, "Run")
     use_cpu: bool = option(False, "Stay on the CPU where there is a GPU.", "Run")
 
     def __post_init__(self):
         super().__post_init__()
+        _check_compute_dtype(self.compute_dtype)
         _need_adapter(self.adapter)
         if not (self.test_file or self.dataset):
             raise ValueError("There is nothing to evaluate on: give --test_file or --dataset.")
@@ -325,17 +324,13 @@ class PredictArguments(Paths):
     per_device_eval_batch_size: int | None = option(
         None, "Examples of a batch. Default: so many as have 4096 tokens.", "Run"
     )
-    compute_dtype: str | None = option(
-        None,
-        "Of the model on a CPU: float32 or bfloat16. Default: bfloat16 where the processor is found "
-        "to multiply it faster.",
-        "Run",
-    )
+    compute_dtype: str | None = option(None, _OF_MODEL, "Run")
     use_cpu: bool = option(False, "Stay on the CPU where there is a GPU.", "Run")
 
     def __post_init__(self):
         super().__post_init__()
         one_of("output_format", self.output_format, ("tsv", "jsonl"))
+        _check_compute_dtype(self.compute_dtype)
         _need_adapter(self.adapter)
 
 
@@ -356,6 +351,11 @@ class ExportArguments(Paths):
         super().__post_init__()
         one_of("format", self.format, ("onnx", "torch"))
         _need_adapter(self.adapter)
+
+
+def _check_compute_dtype(value: str | None) -> None:
+    if value is not None:
+        one_of("compute_dtype", value, COMPUTE_DTYPES)
 
 
 def _need_adapter(adapter: str | None) -> None:

@@ -26,8 +26,8 @@ REMEMBERED = 8  # data sets whose rows are known without asking again
 
 class CachedLoading:
     """Mixed into a Trainer that has `activation_cache` (a folder, an open cache or None),
-    `hold_projections`, `_chosen_dtype()`, `_late_prompt`, `_ahead`, `_holding`, `_label_rules()`, `_has_own_loss()`
-    and `_reads_one_token()`.
+    `hold_projections`, `_late_prompt`, `_ahead`, `_holding`, `_chosen_dtype()`, `_label_rules()`,
+    `_has_own_loss()` and `_reads_one_token()`.
     """
 
     def _forget_rows(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,7 +11,6 @@ from torch import nn
 from transformers import Trainer
 from transformers.utils.generic import find_labels
 
-from ..backbone.watch import Watch
 from ..cache import ActivationCache
 from ..method.cached_call import CACHED
 from ..method.context import parameter_names
@@ -27,6 +25,7 @@ from .compute_dtype import ComputingTraining, choose, parse
 from .exact_resume import CountedTraining
 from .figures import write_figures
 from .learning_rates import check_rate, give_rate
+from .quick_steps import QuickSteps
 from .training_record import compare_names
 
 logger = logging.getLogger(__name__)
@@ -35,7 +34,7 @@ logger = logging.getLogger(__name__)
 _READABLE = ("ForMaskedLM", "ForCausalLM", "LMHeadModel")
 
 
-class LPTTrainer(CachedLoading, ComputingTraining, CountedTraining, Trainer):
+class LPTTrainer(CachedLoading, ComputingTraining, QuickSteps, CountedTraining, Trainer):
     """Trains a model with a late prompt, from its text or from a cache of its frozen layers.
 
     With `activation_cache`, layers 1..k run once for each text of the training and evaluation data
@@ -104,10 +103,6 @@ class LPTTrainer(CachedLoading, ComputingTraining, CountedTraining, Trainer):
         self._ahead = ReadAhead()
         self._holding: CachedCollator | None = None
         self._filters = False
-        self._operations: int | None = None  # of a token, as Trainer counts them
-        self._watch: Watch | None = None  # of all modules, whose modes were these
-        self._were: list[bool] = []
-        self._own_optimizer = False
         self._forget_rows()
         if model is not None:
             self._prepare_model(model)
@@ -214,7 +209,7 @@ class LPTTrainer(CachedLoading, ComputingTraining, CountedTraining, Trainer):
 
     def create_optimizer(self, *args, **kwargs):
         """As Trainer's; late LoRA gets its own learning rate, where there is one."""
-        fresh = self._own_optimizer = self.optimizer is None
+        fresh = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if fresh and self.lora_learning_rate is not None:
             give_rate(optimizer, self._late_prompt.lpt_lora, self.lora_learning_rate)
@@ -268,7 +263,6 @@ class LPTTrainer(CachedLoading, ComputingTraining, CountedTraining, Trainer):
     def _inner_training_loop(self, *args, **kwargs):
         # Here the model is the one that trains, also in a search of hyperparameters. Graphs go with
         # the training, for they hold memory.
-        self._operations = self._watch = None
         late = self._late_prompt
         own = late.graphs is None and self._takes_graphs()
         if own:
@@ -355,30 +349,12 @@ class LPTTrainer(CachedLoading, ComputingTraining, CountedTraining, Trainer):
         logged sum (`logging_nan_inf_filter`), and waits for the GPU in each step to see whether it
         is. Here that is chosen on the device, and the Trainer does not look.
         """
-        with self._modes():
-            loss = super().training_step(*args, **kwargs)
+        loss = super().training_step(*args, **kwargs)
         if not self.args.logging_nan_inf_filter:
             return loss
         steps = 1 + self.state.global_step - self._globalstep_last_logged
         self.args.logging_nan_inf_filter, self._filters = False, True
         return torch.where(torch.isfinite(loss), loss, self._tr_loss / steps)
-
-    @contextmanager
-    def _modes(self):
-        """Trainer sets the mode of all modules in each step; here where one has another mode than
-        it was left in, or is another.
-        """
-        model, watch = self.model, self._watch
-        if watch is not None and watch.unchanged() and watch.modes() == self._were:
-            model.__dict__["train"] = lambda mode=True: model
-        else:
-            model.train()
-            self._watch = Watch(list(model.modules()))
-            self._were = self._watch.modes()
-        try:
-            yield
-        finally:
-            model.__dict__.pop("train", None)
 
     def _filter_again(self) -> None:
         """When the Trainer has added the loss: evaluation and checkpoints see the argument as it
@@ -388,21 +364,9 @@ class LPTTrainer(CachedLoading, ComputingTraining, CountedTraining, Trainer):
             self.args.logging_nan_inf_filter, self._filters = True, False
 
     def floating_point_ops(self, inputs) -> int:
-        """As Trainer's, which counts all layers for all tokens and padding, cached or not, and for
-        that all parameters in each step. They stay what they are within a training.
-        """
+        """As Trainer's, which counts all layers for all tokens and padding, cached or not."""
         self._filter_again()  # (it is what the loop asks for next)
-        name, text = self._main_input, self._sizes(inputs)
-        if self._operations is None:
-            self._operations = super().floating_point_ops({name: torch.empty(1, device="meta")})
-        return self._operations * text[name].numel() if name in text else 0
-
-    def _clip_grad_norm(self, model):
-        # The same gradients without a walk through all modules for the few that have any.
-        if not self._own_optimizer or self.args.world_size > 1 or model is not self.model:
-            return super()._clip_grad_norm(model)
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return self.accelerator.clip_grad_norm_(trained, self.args.max_grad_norm)
+        return super().floating_point_ops(self._sizes(inputs))
 
     def _track_num_input_tokens(self, inputs) -> None:
         if self.args.include_num_input_tokens_seen != "no":
