@@ -92,7 +92,16 @@ class StopAt(TrainerCallback):
 
 
 def train(
-    cache, out, count=50, batch=8, checkpoint=None, stop=0, pause=0.0, adapter=None, **more
+    cache,
+    out,
+    count=50,
+    batch=8,
+    checkpoint=None,
+    stop=0,
+    pause=0.0,
+    adapter=None,
+    compute_dtype=None,
+    **more,
 ) -> dict:
     """Trains two epochs, or goes on from a checkpoint.
 
@@ -105,6 +114,7 @@ def train(
         stop: step after which to save and end.
         pause: seconds after each step.
         adapter: more of its configuration.
+        compute_dtype: of LPTTrainer.
         more: training arguments.
     """
     data = examples(count)
@@ -125,6 +135,7 @@ def train(
         data_collator=collate,
         train_dataset=data,
         activation_cache=opened,
+        compute_dtype=compute_dtype,
         callbacks=[StopAt(stop, pause, told)],
     )
     trainer.seen, trainer.number_of = [], {tuple(e["input_ids"]): i for i, e in enumerate(data)}

@@ -128,6 +128,18 @@ def test_several_processes_train_as_one(cache, whole, tmp_path, world):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", [{"compute_dtype": "bfloat16"}, {"bf16": True}])
+def test_bf16_on_several_processes(cache, whole, tmp_path, how):
+    """Gradients of fp32 are averaged, and all processes stay one model."""
+    (one,) = run(1, cache=cache, out=tmp_path / "one", count=COUNT, batch=BATCH, **how)
+    told = run(2, cache=cache, out=tmp_path / "two", count=COUNT, batch=BATCH // 2, **how)
+    assert told[1]["weights"] == told[0]["weights"] and told[1]["losses"] == told[0]["losses"]
+    assert told[0]["losses"] == pytest.approx(one["losses"], abs=0.02)
+    assert one["losses"] == pytest.approx(whole["losses"], abs=0.02)
+    assert one["losses"] != whole["losses"] and epochs_of(told) == epochs_of([whole])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("generator", ["npg", "none"])
 def test_late_lora_on_several_processes(cache, whole, tmp_path, generator):
     """Updates are averaged over processes as all that trains, from the cache of another adapter."""
