@@ -17,7 +17,7 @@ import torch
 
 from ..data import Figure, require, temporary
 from .data import Texts
-from .models import LATE, RECIPES, Rows, Zoo
+from .models import LATE, OWN_BF16, RECIPES, Rows, Zoo
 from .rows import fill_cache
 
 EXACT, TIMES = 1e-5, 2.0
@@ -67,12 +67,16 @@ class LateGate:
         self.references = {"recipe": self._gradients("recipe", exact=True)}
         self.allowed = dict.fromkeys(("loss", "generator", "lora", "head"), EXACT)
         if zoo.dtype == "bf16":
-            name = "recipe_bf16"
-            peer = errors(name, self._gradients(name), self.references["recipe"])
-            self.allowed = {name: TIMES * error for name, error in peer.items()}
-            # (There is no recipe of late LoRA in bf16: it is allowed what the prompt is.)
-            self.allowed["lora"] = self.allowed["generator"]
-            self.allowed["loss"] = max(self.allowed["loss"], BF16_LOSS)
+            self.allowed = self._allowed_by("recipe_bf16")
+
+    def _allowed_by(self, name: str) -> dict[str, float]:
+        """Twice the errors of a recipe in bf16."""
+        peer = errors(name, self._gradients(name), self.references["recipe"])
+        allowed = {part: TIMES * error for part, error in peer.items()}
+        # (There is no recipe of late LoRA in bf16: it is allowed what the prompt is.)
+        allowed["lora"] = allowed["generator"]
+        allowed["loss"] = max(allowed["loss"], BF16_LOSS)
+        return allowed
 
     def _gradients(self, name: str, rows: Rows | None = None, exact: bool = False):
         made = self.zoo.contestant(name, self.k, self.texts, rows, exact)
@@ -84,7 +88,7 @@ class LateGate:
 
     def _reference(self, name: str) -> tuple[float, dict]:
         """The recipe that one of OURS has to equal."""
-        recipe = RECIPES.get(name, "recipe")
+        recipe = RECIPES.get(name.removesuffix("_bf16"), "recipe")
         if recipe not in self.references:
             self.references[recipe] = self._gradients(recipe, exact=True)
         return self.references[recipe]
@@ -97,17 +101,19 @@ class LateGate:
         """
         reference = self._reference(name)
         zoo, k, label = self.zoo, self.k, f"{name}, k = {self.k}"
+        allowed, store = self.allowed, "bf16" if zoo.dtype == "bf16" else "fp32"
+        if name in OWN_BF16:
+            allowed, store = self._allowed_by("recipe_autocast"), "bf16"
         with temporary() as folder:
-            store = "bf16" if zoo.dtype == "bf16" else "fp32"
             rows = fill_cache(zoo, self.texts, np.unique(self.batch), k, folder, store).rows
             found = self._gradients(name, rows)
         for what, error in errors(label, found, reference).items():
             require(
-                error <= self.allowed[what],
+                error <= allowed[what],
                 f"{label}: {what} is {error:.2g} from that of the recipe, at most "
-                f"{self.allowed[what]:.2g} is allowed",
+                f"{allowed[what]:.2g} is allowed",
             )
-            yield Figure("gate", f"{label}: {what}, error", error, "", self.allowed[what])
+            yield Figure("gate", f"{label}: {what}, error", error, "", allowed[what])
         if LATE[name][1]:
             found = errors(label, self._gradients(name, self.timed), reference)
             worst = max(found.values())

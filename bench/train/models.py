@@ -62,13 +62,19 @@ LORA = {"lpt_lora": _UPDATES, "late_lora": _ALONE}
 RECIPES = {name: f"recipe_{name}" for name in LORA}
 LORA |= {RECIPES[name]: settings for name, settings in LORA.items()}
 LATE |= {name: ("padded", False) if name in RECIPES.values() else ("packed", True) for name in LORA}
-OURS = ("uncached", "cached", "cached_packed", "cached_graphs", "cached_held", *RECIPES)
+# On a CPU, beside those in fp32: layers in bf16 as LPTTrainer has them, and what users do there.
+OWN_BF16 = {"ours_bf16": {}, "late_lora_bf16": _ALONE}
+LATE |= dict.fromkeys(OWN_BF16, ("packed", True))
+LORA["late_lora_bf16"] = _ALONE
+AUTOCAST = ("recipe_autocast", "lora_autocast")
+LATE["recipe_autocast"] = ("padded", False)
+OURS = ("uncached", "cached", "cached_packed", "cached_graphs", "cached_held", *RECIPES, *OWN_BF16)
 GRAPHS = "cached_graphs"  # the same by CUDA graphs (lpt_fast/packed/graphs.py)
 HELD = "cached_held"  # the same with projections held in memory (lpt_fast/train/projections.py)
 # Who runs on one kind of device alone.
 ONLY_ON = {GRAPHS: "cuda", HELD: "cpu"}
-HOLDS = (HELD, *RECIPES)  # on the CPU
-OTHERS = ("prompt_tuning", "lora", "lora_bf16", "full", "head")
+HOLDS = (HELD, *RECIPES, *OWN_BF16)  # on the CPU
+OTHERS = ("prompt_tuning", "lora", "lora_bf16", "lora_autocast", "full", "head")
 # With --dtype bf16 everything runs under bf16 autocast. These hold their frozen weights in bf16
 # besides (what trains is fp32), as one may whose weights are frozen.
 HALF = {"recipe_bf16", "lora_bf16", "head", *OURS}
@@ -76,14 +82,16 @@ HALF = {"recipe_bf16", "lora_bf16", "head", *OURS}
 
 def contestants_of(dtype: str, device: str) -> list[tuple[str, bool]]:
     """Names, and whether there is one for each k."""
-    names = [n for n in (*LATE, *OTHERS) if dtype == "bf16" or not n.endswith("_bf16")]
+    own = (*OWN_BF16, *AUTOCAST) if (dtype, device) == ("fp32", "cpu") else ()
+    half = (*OWN_BF16, *AUTOCAST, *(("recipe_bf16", "lora_bf16") if dtype == "fp32" else ()))
+    names = [n for n in (*LATE, *OTHERS) if n in own or n not in half]
     names = [n for n in names if ONLY_ON.get(n, device) == device and n not in RECIPES.values()]
     return [(name, name in LATE) for name in names]
 
 
 def method_of(name: str) -> str:
     """The method of lpt_fast.cli.train.LEARNING_RATES."""
-    return "lpt" if name in LATE else name.removesuffix("_bf16")
+    return "lpt" if name in LATE else name.removesuffix("_bf16").removesuffix("_autocast")
 
 
 @dataclass
@@ -344,7 +352,8 @@ class Zoo:
             model: the base model to adapt; default: a copy of the template.
         """
         half = self.dtype == "bf16" and name in HALF and not exact
-        autocast = torch.bfloat16 if self.dtype == "bf16" and not exact else None
+        casts = self.dtype == "bf16" or name in AUTOCAST
+        autocast = torch.bfloat16 if casts and not exact else None
         model = self.adapt(self.base(half) if model is None else model, name, k)
         for parameter in model.parameters():
             if parameter.requires_grad and half:
@@ -353,6 +362,9 @@ class Zoo:
         if name == GRAPHS or (name in RECIPES and self.device == "cuda"):
             late = find_late_prompt(model)
             late.graphs = UpperGraphs(late)
+        if name in OWN_BF16:
+            find_late_prompt(model).compute_dtype = torch.bfloat16
+            rows = None if rows is None else replace(rows, dtype=torch.bfloat16)
         if name in HOLDS and rows is not None and self.device == "cpu":
             with torch.autocast(self.device, autocast, enabled=autocast is not None):
                 rows = rows.hold(model)

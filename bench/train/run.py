@@ -25,7 +25,7 @@ from .rows import Filled, fill_cache, fill_features
 from .settings import Settings
 from .targets import LORA_AT_MOST, payback, target_of
 
-TIMED = ("cached_packed", HELD)  # what there are targets for
+RIVALS = ("recipe", "recipe_bf16", "recipe_autocast", "lora", "lora_bf16", "lora_autocast")
 MEMORY_STEPS = 3
 GATE_TEXTS = {"cpu": 32, "cuda": 256}  # at the most
 MIB = 2**20
@@ -300,14 +300,14 @@ class Bench:
             yield from self._beside_held(k, by)
             for name in OURS:
                 own = by.get((name, k))
-                for other in ("recipe", "recipe_bf16", "lora", "lora_bf16"):
+                for other in RIVALS:
                     them = by.get((other, k if other in LATE else None))
                     if own is None or them is None:
                         continue
                     rounds = [a / b for a, b in zip(them.seconds, own.seconds, strict=True)]
                     target = None
-                    if name in TIMED and s.model is None and not s.quick:
-                        target = target_of(s.encoder, k, s.device, s.dtype, other)
+                    if s.model is None and not s.quick:
+                        target = target_of(s.encoder, k, s.device, s.dtype, other, name)
                     yield Figure(
                         "ratio",
                         f"{other} over {own.label}",

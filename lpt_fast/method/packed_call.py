@@ -23,6 +23,7 @@ from ..backbone.arguments import given_cache, set_cache
 from ..backbone.lower import run_lower
 from ..insertion.padded_layout import check
 from ..packed.attention import without_autocast
+from ..packed.compute import with_filler
 from ..packed.held import HeldRows
 from ..packed.plan import Plan
 from ..packed.stack import first_updated, run_packed, why_padded
@@ -188,13 +189,15 @@ def forward_packed(late, call: Call, rows: Rows, ids: Tensor | None):
         out = late.graphs.run(rows, end, reads is not None, place)
     if out is None:
         context = None if end is None else torch.stack((torch.zeros_like(end), end), 1)
-        held, updates = None, late.updates(name)
-        if rows.held is not None:
+        held, updates = rows.held, late.updates(name)
+        if held is not None:
             updated = first_updated(backbone, family, k, updates)
-            if rows.held.fits(rows.buffer, plan.m, updated):
-                held = rows.held.take(plan)
+            held = held if held.fits(rows.buffer, plan.m, updated) else None
         filled = generator.fill(rows.buffer, rows.cu_seqlens, context, states)
-        own = late.compute_dtype
+        positions = rows.rotary_positions() if family.takes_positions else None
+        full, at, own = plan, place, late.compute_dtype
+        if own is not None:
+            filled, full, positions, at, held = with_filler(filled, plan, positions, at, held)
         # (Autocast would cast back and forth between what is in its dtype already.)
         with nullcontext() if own is None else without_autocast(filled):
             out = run_packed(
@@ -202,15 +205,15 @@ def forward_packed(late, call: Call, rows: Rows, ids: Tensor | None):
                 family,
                 k,
                 filled,
-                plan,
-                positions=rows.rotary_positions() if family.takes_positions else None,
+                full,
+                positions=positions,
                 readout=reads is not None,
-                place=place,
-                held=held,
+                place=at,
+                held=None if held is None else held.take(full),
                 updates=updates,
             )
         if own is not None:
-            out = out.to(layer_dtype(late, k))
+            out = out[: plan.rows if reads is None else B].to(layer_dtype(late, k))
     if reads is None:
         last = rows.padded(out)
     else:

@@ -9,12 +9,18 @@ as it is.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from ..backbone.copies import cut_copy, shallow_copy
 from ..backbone.families import Family, frozen_above, get_layers
 from ..backbone.watch import Remembered, Watch, descendants
+from .held import HeldRows
+from .plan import Plan
+
+ROWS = 64
 
 
 def cast_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -31,6 +37,35 @@ def cast_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def _cast(p: Tensor, dtype: torch.dtype) -> Tensor:
     return p.detach().to(dtype) if p.is_floating_point() else p.detach()
+
+
+def with_filler(
+    rows: Tensor,
+    plan: Plan,
+    positions: Tensor | None,
+    place: Tensor | None,
+    held: HeldRows | None,
+) -> tuple[Tensor, Plan, Tensor | None, Tensor | None, HeldRows | None]:
+    """A batch with one text more, of zeros, so that it has a multiple of ROWS rows: oneDNN compiles
+    a program for each product of a new number of rows, and texts differ in length. Nobody reads
+    that text, so it has no gradient.
+
+    Args:
+        rows: [N, D]; plan, positions, place: of it, as for `run_packed`; held: of its texts.
+    """
+    count = -(-(plan.rows + plan.m + 1) // ROWS) * ROWS
+    more = count - plan.rows
+    tokens = more - plan.m
+    ends = torch.cat((plan.token_ends, plan.token_ends[-1:] + tokens))
+    full = Plan(ends, max(plan.longest, tokens), plan.m, count)
+    rows = torch.cat((rows, rows.new_zeros(more, rows.shape[1])))
+    if positions is not None:
+        positions = torch.cat((positions, torch.arange(more)))
+    if place is not None:
+        place = torch.cat((place, place.new_zeros(1)))
+    if held is not None:
+        held = replace(held, begins=torch.cat((held.begins, held.begins.new_zeros(1))))
+    return rows, full, positions, place, held
 
 
 class ComputeCopy(Remembered):

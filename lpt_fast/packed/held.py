@@ -37,7 +37,8 @@ class HeldRows:
         """[N, ...] each, in fresh memory; at prompt rows anything."""
         shift = self.begins - plan.starts - plan.m
         index = torch.arange(plan.rows) + shift.repeat_interleave(plan.lengths)
-        index.clamp_(min=0)  # (The prompt of the first text would stand before the table.)
+        # (The prompt of the first text would stand before the table, a filler text behind it.)
+        index.clamp_(0, len(self.tables[0]) - 1)
         return [table.index_select(0, index) for table in self.tables]
 
 

@@ -64,6 +64,13 @@ def _of_group(x: Tensor, part: slice) -> Tensor:
     return x if part.start == 0 and part.stop == len(x) else x[part]
 
 
+def _dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """In what the products of groups are computed: on a CPU in fp32 at least, where one in bf16
+    makes oneDNN compile a program for each new size, and each group has its own.
+    """
+    return dtype if x.is_cuda else torch.promote_types(dtype, torch.float32)
+
+
 def attend_one(
     q: Tensor,
     k: Tensor,
@@ -88,6 +95,8 @@ def attend_one(
     Returns:
         [B, H d].
     """
+    own = q.dtype
+    q, k, v = (x.to(_dtype(x, x.dtype)) for x in (q, k, v))
     repeat, slices = heads // kv_heads, plan.heads(kv_heads).slices
     seen = _in_groups(place + 1 + plan.m, plan) if causal else None
     biases = _bias_rows(bias, place, plan)
@@ -104,7 +113,7 @@ def attend_one(
         limit = None if seen is None else seen[group.numbers]
         p = _softmax(scores, plan, group, limit).to(vg.dtype)
         out.append(torch.bmm(p.flatten(0, 1), vg).view(group.texts, -1))
-    return _in_batch(out, plan)
+    return _in_batch(out, plan).to(own)
 
 
 def attend_one_absorbed(
@@ -141,7 +150,8 @@ def attend_one_absorbed(
         [B, H d].
     """
     D = x_places.shape[1]
-    dtype = autocast_dtype(q) or q.dtype
+    own = autocast_dtype(q) or q.dtype
+    dtype = _dtype(q, own)
     q = _in_groups(q, plan).to(dtype).view(plan.texts, heads, -1)
     w_k, w_v = (w.to(dtype).view(heads, -1, D) for w in (w_k, w_v))
     seen = _in_groups(place + 1 + plan.m, plan) if causal else None
@@ -150,7 +160,7 @@ def attend_one_absorbed(
         biases = _bias_rows(bias, place, plan)
         pooled = _Absorbed.apply(u, x_places.to(dtype), plan, scale, seen, biases)
         values = add_by_heads(_ByHeads.apply(pooled, w_v.transpose(1, 2)), pooled, value_part)
-    values = _in_batch([values.flatten(1)], plan)
+    values = _in_batch([values.flatten(1)], plan).to(own)
     return values if b_v is None else values + b_v
 
 

@@ -64,6 +64,9 @@ class Plan:
         m: prompt rows of each text.
         rows: N = T + B m, known from the shape of the batch.
 
+    Attributes:
+        token_ends: the given cu_seqlens.
+
     On the CPU texts are sorted into groups; on a GPU, where looking at lengths would make the host
     wait, there is one.
     """
@@ -76,7 +79,7 @@ class Plan:
         if not self.sorted:
             # A GPU's products of other sizes read their numbers one by one.
             self.size = -(-self.size // ALIGNED) * ALIGNED
-        self._text_ends = cu_seqlens
+        self.token_ends = cu_seqlens
         # 0, 1, 2 ...: made once, for each launch of a small kernel costs as much as a large one's.
         self._count = torch.arange(max(rows, self.size, self.texts + 1), device=self.device)
         # int64 [B + 1], prompts included.
@@ -86,7 +89,7 @@ class Plan:
     @cached_property
     def text_starts(self) -> Tensor:
         """int64 [B], counted among text rows alone."""
-        return self._text_ends[:-1].long()
+        return self.token_ends[:-1].long()
 
     @cached_property
     def lengths(self) -> Tensor:
