@@ -68,7 +68,7 @@ def _dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     """In what the products of groups are computed: on a CPU in fp32 at least, where one in bf16
     makes oneDNN compile a program for each new size, and each group has its own.
     """
-    return dtype if x.is_cuda else torch.promote_types(dtype, torch.float32)
+    return torch.promote_types(dtype, torch.float32) if x.device.type == "cpu" else dtype
 
 
 def attend_one(
