@@ -20,7 +20,19 @@ from .data import drawn_texts, padding_ratio, plan_batches, real_texts
 from .flops import matmul_rate, necessary_flops
 from .gate import LateGate, check_other
 from .memory import LOAD, LOAD_HALF, peak_bytes, write_job
-from .models import HALF, HELD, HOLDS, LATE, LORA, OURS, RECIPES, Contestant, Zoo, contestants_of
+from .models import (
+    HALF,
+    HELD,
+    HOLDS,
+    LATE,
+    LORA,
+    OURS,
+    OWN_BF16,
+    RECIPES,
+    Contestant,
+    Zoo,
+    contestants_of,
+)
 from .rows import Filled, fill_cache, fill_features
 from .settings import Settings
 from .targets import LORA_AT_MOST, payback, target_of
@@ -348,13 +360,14 @@ class Bench:
     def _shares(self, contestants: list[Contestant]) -> Iterator[Figure]:
         """What a step's necessary arithmetic reaches of the rate of a large matrix product."""
         s, config = self.settings, self.zoo.config
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[s.dtype]
+        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
         size = (8192 if s.device == "cuda" else 1024) if not s.quick else 256
-        rate = matmul_rate(self.zoo.place, dtype, size)
+        rates = {n: matmul_rate(self.zoo.place, dtype, size) for n, dtype in dtypes.items()}
         timed = self.batches[s.warmup :]
         for c in contestants:
             if c.name not in LATE or c.name in LORA:  # (its updates' arithmetic is not counted)
                 continue
+            rate = rates["bf16" if c.name in OWN_BF16 or c.autocast else s.dtype]
             works = [
                 necessary_flops(
                     self.texts.lengths[rows],
@@ -368,15 +381,15 @@ class Bench:
                 )
                 for rows in timed
             ]
-            rates = [work / t for work, t in zip(works, c.seconds, strict=True)]
+            reached = [work / t for work, t in zip(works, c.seconds, strict=True)]
             yield Figure(
                 "share",
                 f"{c.label}: necessary arithmetic, of the matmul rate",
-                100 * statistics.median(rates) / rate,
+                100 * statistics.median(reached) / rate,
                 "%",
                 details={
                     "necessary_GFLOP": statistics.median(works) / 1e9,
-                    "GFLOP_a_second": statistics.median(rates) / 1e9,
+                    "GFLOP_a_second": statistics.median(reached) / 1e9,
                     "matmul_GFLOP_a_second": rate / 1e9,
                     "matmul_size": size,
                 },
