@@ -158,7 +158,7 @@ class Task:
     def run(self, method: str, limits: Limits, target: float | None) -> dict:
         """One training; what `train_curve` gives, with seconds of what was computed once."""
         from ..data import temporary
-        from .models import LATE
+        from .contestants import LATE
         from .rows import fill_cache, fill_features
 
         k = self.k if method in LATE else None

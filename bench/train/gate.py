@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from ..data import Figure, require, temporary
+from .contestants import LATE, OWN_BF16, RECIPES
 from .data import Texts
-from .models import LATE, OWN_BF16, RECIPES, Rows, Zoo
+from .models import Rows, Zoo
 from .rows import fill_cache
 
 EXACT, TIMES = 1e-5, 2.0
@@ -54,6 +55,14 @@ def errors(who: str, found: tuple[float, dict], reference: tuple[float, dict]) -
     return out
 
 
+def allowed_by(peer: dict[str, float]) -> dict[str, float]:
+    """What ours may be off in bf16: twice the errors of a recipe in bf16."""
+    allowed = {part: TIMES * error for part, error in peer.items()}
+    # (There is no recipe of late LoRA in bf16: it is allowed what the prompt is.)
+    allowed["lora"] = allowed["generator"]
+    return allowed | {"loss": max(allowed["loss"], BF16_LOSS)}
+
+
 class LateGate:
     """Our ways against the recipe, on one batch.
 
@@ -71,12 +80,7 @@ class LateGate:
 
     def _allowed_by(self, name: str) -> dict[str, float]:
         """Twice the errors of a recipe in bf16."""
-        peer = errors(name, self._gradients(name), self.references["recipe"])
-        allowed = {part: TIMES * error for part, error in peer.items()}
-        # (There is no recipe of late LoRA in bf16: it is allowed what the prompt is.)
-        allowed["lora"] = allowed["generator"]
-        allowed["loss"] = max(allowed["loss"], BF16_LOSS)
-        return allowed
+        return allowed_by(errors(name, self._gradients(name), self.references["recipe"]))
 
     def _gradients(self, name: str, rows: Rows | None = None, exact: bool = False):
         made = self.zoo.contestant(name, self.k, self.texts, rows, exact)

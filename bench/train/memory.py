@@ -88,8 +88,9 @@ def child(path: Path, name: str, k: int | None, cache: str | None) -> int:
     from safetensors.torch import load_file
 
     from ..data import quiet
+    from .contestants import HALF, HOLDS
     from .data import Texts
-    from .models import HALF, HOLDS, Rows, Zoo, inputs_of
+    from .models import Rows, Zoo, inputs_of
     from .rows import open_cache
 
     quiet()

@@ -34,6 +34,18 @@ from lpt_fast.packed.graphs import UpperGraphs
 from lpt_fast.train.projections import Projections
 from lpt_fast.train.trainer import find_late_prompt
 
+from .contestants import (
+    ALONE,
+    AUTOCAST,
+    GRAPHS,
+    HALF,
+    HOLDS,
+    LATE,
+    LORA,
+    OWN_BF16,
+    RECIPES,
+    method_of,
+)
 from .data import Texts
 
 # Random weights of these shapes; texts have the ids of another tokenizer, of which there are fewer.
@@ -45,53 +57,6 @@ QUICK_SHAPE = (4, 64, 4, 128)
 ENCODERS = ("minilm", *SHAPES)
 ROBERTA_VOCAB, ROBERTA_POSITIONS = 50265, 514
 LARGE = 10_000_000  # weights of models that are not left to the garbage collector's own time
-# Late prompts: how the layers above the insertion run, and whether those below are in a cache.
-LATE = {
-    "recipe": ("padded", False),
-    "recipe_bf16": ("padded", False),
-    "uncached": ("packed", False),
-    "cached": ("padded", True),
-    "cached_packed": ("packed", True),
-    "cached_graphs": ("packed", True),
-    "cached_held": ("packed", True),
-}
-# Late LoRA with a prompt and alone, run as LPTTrainer does; its recipes are what it has to equal.
-_UPDATES = {"lora_r": 8, "lora_target_modules": "all-linear"}
-_ALONE = {**_UPDATES, "generator": "none"}
-LORA = {"lpt_lora": _UPDATES, "late_lora": _ALONE}
-RECIPES = {name: f"recipe_{name}" for name in LORA}
-LORA |= {RECIPES[name]: settings for name, settings in LORA.items()}
-LATE |= {name: ("padded", False) if name in RECIPES.values() else ("packed", True) for name in LORA}
-# On a CPU, beside those in fp32: layers in bf16 as LPTTrainer has them, and what users do there.
-OWN_BF16 = {"ours_bf16": {}, "late_lora_bf16": _ALONE}
-LATE |= dict.fromkeys(OWN_BF16, ("packed", True))
-LORA["late_lora_bf16"] = _ALONE
-AUTOCAST = ("recipe_autocast", "lora_autocast")
-LATE["recipe_autocast"] = ("padded", False)
-OURS = ("uncached", "cached", "cached_packed", "cached_graphs", "cached_held", *RECIPES, *OWN_BF16)
-GRAPHS = "cached_graphs"  # the same by CUDA graphs (lpt_fast/packed/graphs.py)
-HELD = "cached_held"  # the same with projections held in memory (lpt_fast/train/projections.py)
-# Who runs on one kind of device alone.
-ONLY_ON = {GRAPHS: "cuda", HELD: "cpu"}
-HOLDS = (HELD, *RECIPES, *OWN_BF16)  # on the CPU
-OTHERS = ("prompt_tuning", "lora", "lora_bf16", "lora_autocast", "full", "head")
-# With --dtype bf16 everything runs under bf16 autocast. These hold their frozen weights in bf16
-# besides (what trains is fp32), as one may whose weights are frozen.
-HALF = {"recipe_bf16", "lora_bf16", "head", *OURS}
-
-
-def contestants_of(dtype: str, device: str) -> list[tuple[str, bool]]:
-    """Names, and whether there is one for each k."""
-    own = (*OWN_BF16, *AUTOCAST) if (dtype, device) == ("fp32", "cpu") else ()
-    half = (*OWN_BF16, *AUTOCAST, *(("recipe_bf16", "lora_bf16") if dtype == "fp32" else ()))
-    names = [n for n in (*LATE, *OTHERS) if n in own or n not in half]
-    names = [n for n in names if ONLY_ON.get(n, device) == device and n not in RECIPES.values()]
-    return [(name, name in LATE) for name in names]
-
-
-def method_of(name: str) -> str:
-    """The method of lpt_fast.cli.train.LEARNING_RATES."""
-    return "lpt" if name in LATE else name.removesuffix("_bf16").removesuffix("_autocast")
 
 
 @dataclass
@@ -137,7 +102,7 @@ class Contestant:
     @cached_property
     def optimizer(self) -> torch.optim.Optimizer:
         rate, own = LEARNING_RATES[method_of(self.name)], LEARNING_RATES["late_lora"]
-        rate = own if LORA.get(self.name) == _ALONE else rate
+        rate = own if LORA.get(self.name) == ALONE else rate
         groups = [
             {"params": [p for n, p in self.trained() if ("lpt_lora" in n) == lora], "lr": lr}
             for lora, lr in ((False, rate), (True, own))

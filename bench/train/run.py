@@ -16,23 +16,12 @@ import torch
 
 from ..data import Figure, Source, WrongResult, temporary
 from ..timing import percentiles
+from .contestants import HALF, HELD, HOLDS, LATE, LORA, OURS, OWN_BF16, RECIPES, contestants_of
 from .data import drawn_texts, padding_ratio, plan_batches, real_texts
 from .flops import matmul_rate, necessary_flops
 from .gate import LateGate, check_other
 from .memory import LOAD, LOAD_HALF, peak_bytes, write_job
-from .models import (
-    HALF,
-    HELD,
-    HOLDS,
-    LATE,
-    LORA,
-    OURS,
-    OWN_BF16,
-    RECIPES,
-    Contestant,
-    Zoo,
-    contestants_of,
-)
+from .models import Contestant, Zoo
 from .rows import Filled, fill_cache, fill_features
 from .settings import Settings
 from .targets import LORA_AT_MOST, payback, target_of

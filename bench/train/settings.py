@@ -9,7 +9,8 @@ import torch
 
 from lpt_fast.cache.shard import STORES
 
-from .models import ENCODERS, contestants_of
+from .contestants import contestants_of
+from .models import ENCODERS
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,10 @@ import torch
 
 from ..data import temporary
 from ..machine import describe
+from .contestants import GRAPHS, LATE, ONLY_ON, RECIPES
 from .data import drawn_texts, plan_batches
-from .gate import BF16_LOSS, TIMES, errors
-from .models import GRAPHS, LATE, ONLY_ON, RECIPES, Zoo
+from .gate import allowed_by, errors
+from .models import Zoo
 from .rows import fill_cache
 
 TEXTS = 4096
@@ -65,11 +66,7 @@ def gate(zoo: Zoo, texts, k: int, rows, batch: np.ndarray, say) -> set[str]:
     good = {"recipe", "recipe_bf16", "lora", "lora_bf16"}
     found = zoo.contestant("recipe_bf16", k, texts).gradients(batch)
     references = {"recipe": zoo.contestant("recipe", k, texts, exact=True).gradients(batch)}
-    peer = errors("recipe_bf16", found, references["recipe"])
-    allowed = {name: TIMES * error for name, error in peer.items()}
-    # (There is no recipe of late LoRA with bf16 weights: it is allowed what the prompt is.)
-    allowed["lora"] = allowed["generator"]
-    allowed["loss"] = max(allowed["loss"], BF16_LOSS)
+    allowed = allowed_by(errors("recipe_bf16", found, references["recipe"]))
     for name in ("cached_packed", GRAPHS, *RECIPES):
         if ONLY_ON.get(name, zoo.device) != zoo.device:
             continue
@@ -248,6 +245,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--host", help="folder for cProfile's tables")
     add("--out", help="JSON lines are appended to it")
     options = parser.parse_args(arguments)
+    if unknown := [name for name in options.who.split(",") if name not in WHO]:
+        parser.error(f"--who must be of {', '.join(WHO)}, got {unknown[0]!r}.")
     if options.device == "cuda" and not torch.cuda.is_available():
         print("No CUDA device was found; --device cpu tries the program on tiny shapes.")
         return 2

@@ -24,8 +24,8 @@ from bench.train import models as train_models
 from bench.train import plot_steps
 from bench.train import run as train_run
 from bench.train.accuracy import Limits, seconds_to, target_accuracy, train_curve
+from bench.train.contestants import AUTOCAST, GRAPHS, OURS, OWN_BF16, RECIPES, contestants_of
 from bench.train.data import Texts, drawn_texts, real_texts
-from bench.train.models import AUTOCAST, GRAPHS, OURS, OWN_BF16, RECIPES, contestants_of
 from bench.train.plot import draw
 from lpt_fast.cache.reader import RowReader
 from lpt_fast.cli.data import Collator
@@ -202,7 +202,7 @@ def test_who_is_wrong_is_not_timed(source, tmp_path, monkeypatch, broken, messag
         "lora": {"lora", "lora_autocast"},
     }.get(broken, {broken})
     # The others are.
-    assert timed == {n for n, _ in train_models.contestants_of("fp32", "cpu")} - names
+    assert timed == {n for n, _ in contestants_of("fp32", "cpu")} - names
     assert not any(set(re.findall(r"\w+", r["name"])) & names for r in lines_of(out, "ratio"))
 
 
@@ -252,6 +252,8 @@ def test_steps_in_one_process(tmp_path):
     assert "function calls" in (tmp_path / "host_b4.txt").read_text()
     if not torch.cuda.is_available():
         assert train_steps.main([]) == 2
+    with pytest.raises(SystemExit):
+        train_steps.main(["--device", "cpu", "--who", "recipe,lpt"])
 
 
 @pytest.mark.slow
