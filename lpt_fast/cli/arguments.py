@@ -267,11 +267,8 @@ class TrainArguments(DataArguments):
                 "`--few_shot` draws its own training and validation rows from the training data; "
                 "leave out --validation_file and --max_train_samples."
             )
-        counts = ("max_length", "max_train_samples", "max_eval_samples", "few_shot", "eval_steps")
-        for name in counts:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`--{name}` must be at least 1, got {value}.")
+        _check_counts(self, "max_length", "max_train_samples", "max_eval_samples")
+        _check_counts(self, "few_shot", "eval_steps")
 
 
 @dataclass
@@ -297,6 +294,7 @@ class EvalArguments(DataArguments):
     def __post_init__(self):
         super().__post_init__()
         _check_compute_dtype(self.compute_dtype)
+        _check_counts(self, "per_device_eval_batch_size", "max_length", "max_eval_samples")
         _need_adapter(self.adapter)
         if not (self.test_file or self.dataset):
             raise ValueError("There is nothing to evaluate on: give --test_file or --dataset.")
@@ -331,6 +329,7 @@ class PredictArguments(Paths):
         super().__post_init__()
         one_of("output_format", self.output_format, ("tsv", "jsonl"))
         _check_compute_dtype(self.compute_dtype)
+        _check_counts(self, "per_device_eval_batch_size", "max_length")
         _need_adapter(self.adapter)
 
 
@@ -351,6 +350,13 @@ class ExportArguments(Paths):
         super().__post_init__()
         one_of("format", self.format, ("onnx", "torch"))
         _need_adapter(self.adapter)
+
+
+def _check_counts(args: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"`--{name}` must be at least 1, got {value}.")
 
 
 def _check_compute_dtype(value: str | None) -> None:

@@ -22,7 +22,7 @@ from ..cache.forward import batches_of
 from ..tasks import classification_metrics, encode_labels
 from ..tasks.messages import Origin
 from ..train.compute_dtype import ENOUGH, gain_of, parse
-from .arguments import ADAPTER_METHODS, EvalArguments
+from .arguments import ADAPTER_METHODS, EvalArguments, PredictArguments
 from .data import (
     RUN_FILE,
     Collator,
@@ -77,10 +77,17 @@ class Classifier:
         self.device = torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
         self.tokenizer = load_tokenizer(folder)
         self.model = self._load(folder, model or self.formulation.model).eval().to(self.device)
-        self._in_bf16(parse(compute_dtype))
+        self._choose_dtype(parse(compute_dtype))
         if max_length is not None:
             self.formulation.max_length = self._checked(max_length)
         self._words = self.formulation.word_ids(self.tokenizer) if self.formulation.cloze else None
+
+    @classmethod
+    def of(cls, args: EvalArguments | PredictArguments) -> Classifier:
+        """That of a command line."""
+        size = args.per_device_eval_batch_size
+        how = (args.model, args.max_length, size, args.use_cpu, args.compute_dtype)
+        return cls(args.adapter, *how)
 
     def _load(self, folder: str, base: str):
         form = self.formulation
@@ -112,26 +119,25 @@ class Classifier:
                 f"{form.model}): {reason}"
             ) from None
 
-    def _in_bf16(self, asked: torch.dtype | None) -> bool:
-        """Whether the model runs in bf16 instead of fp32: it is then cast, here. (Nobody else has
-        it, and nothing of it is saved.)
+    def _choose_dtype(self, asked: torch.dtype | None) -> None:
+        """Casts a model in fp32 to bf16 where that is asked for or faster, on a CPU. (Nobody else
+        has it, and nothing of it is saved.)
         """
         _, backbone, family = find_backbone(self._base)
         layer = get_layers(backbone, family)[0]
         own = next(layer.parameters()).dtype
         if self.device.type != "cpu" or own != torch.float32 or asked == torch.float32:
-            return False
+            return
         if asked is None:
             gain = gain_of(layer)
             if gain < ENOUGH:
-                return False
+                return
             logger.info(
                 "The model runs in bfloat16, which this processor multiplies %.1f times as fast; "
                 "compute_dtype='float32' keeps it in float32.",
                 gain,
             )
         self.model.to(torch.bfloat16)
-        return True
 
     def _checked(self, max_length: int) -> int:
         _, backbone, family = find_backbone(self._base)
@@ -205,14 +211,7 @@ def evaluate(args: EvalArguments) -> dict[str, float]:
     Returns:
         accuracy, f1, mcc in [0, 1] (mcc in [-1, 1]), and `examples`.
     """
-    classifier = Classifier(
-        args.adapter,
-        args.model,
-        args.max_length,
-        args.per_device_eval_batch_size,
-        args.use_cpu,
-        args.compute_dtype,
-    )
+    classifier = Classifier.of(args)
     form = classifier.formulation
     columns = (
         text_columns_of(form.task, args.text_column) if args.text_column else form.text_columns

@@ -68,14 +68,7 @@ def predict(args: PredictArguments, stdin: TextIO, stdout: TextIO) -> None:
     """Labels every text. A file is written as a whole or not at all."""
     if args.output_file != "-":
         check_file(args.output_file, "--output_file")
-    classifier = Classifier(
-        args.adapter,
-        args.model,
-        args.max_length,
-        args.per_device_eval_batch_size,
-        args.use_cpu,
-        args.compute_dtype,
-    )
+    classifier = Classifier.of(args)
     texts, origin = read_texts(args, stdin, classifier.formulation)
     taken = {*_header({}, classifier.labels), "probabilities"} & set(texts)
     if taken:

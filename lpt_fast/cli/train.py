@@ -35,8 +35,10 @@ from .outputs import check_folder
 from .task_data import Split, read_data
 
 # Peak learning rates where none is given: customary for each method, not tuned to a task.
-LEARNING_RATES = {"lpt": 1e-3, "head": 1e-3, "lora": 1e-3, "prompt_tuning": 1e-2, "full": 1e-4}
-LEARNING_RATES["late_lora"] = 2e-3  # by the sweep (bench/results/accuracy.md)
+LEARNING_RATES = {
+    **{"lpt": 1e-3, "head": 1e-3, "lora": 1e-3, "prompt_tuning": 1e-2, "full": 1e-4},
+    "late_lora": 2e-3,  # by the sweep (bench/results/accuracy.md)
+}
 RESULTS = "results.json"
 # A task's metric -> its name among the results.
 _METRIC = {"accuracy": "accuracy", "f1": "f1", "matthews_correlation": "mcc"}

@@ -167,10 +167,28 @@ class ComputingTraining:
         finally:
             late.compute_dtype = before
 
+    def _elsewhere(self) -> str | None:
+        """Where the model trains, if not whole and on a CPU."""
+        if self.args.device.type != "cpu":
+            return f"{self.args.device.type!r}"
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return "shards of its weights" if sharded else None
+
+    def _check_compute_dtype(self) -> None:
+        """Raises ValueError where bf16 was asked for and cannot be."""
+        if self.compute_dtype != torch.bfloat16:
+            return
+        if place := self._elsewhere():
+            raise ValueError(
+                f"`compute_dtype` is bfloat16 and the model trains on {place}, expected whole "
+                "weights on a CPU; give TrainingArguments(bf16=True) there."
+            )
+        choose(self._late_prompt, self.compute_dtype, None)
+
     def _chosen_dtype(self) -> torch.dtype | None:
         """None: the model's own. All processes have the first one's, from the first use on."""
         args = self.args
-        if args.device.type != "cpu" or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self._elsewhere():
             return None
         if self._dtype == "open":
             autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None

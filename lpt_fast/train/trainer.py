@@ -21,7 +21,7 @@ from ..packing import PackedBatch
 from .cached_dataset import PendingBatch, ReadAhead
 from .cached_loading import CachedLoading
 from .collators import IGNORED, CachedCollator, LabelRules
-from .compute_dtype import ComputingTraining, choose, parse
+from .compute_dtype import ComputingTraining, parse
 from .exact_resume import CountedTraining
 from .figures import write_figures
 from .learning_rates import check_rate, give_rate
@@ -114,13 +114,7 @@ class LPTTrainer(CachedLoading, ComputingTraining, QuickSteps, CountedTraining, 
 
     def _check_arguments(self) -> None:
         args = self.args
-        if self.compute_dtype == torch.bfloat16:
-            if args.device.type != "cpu":
-                raise ValueError(
-                    f"`compute_dtype` is bfloat16 and the model trains on {args.device.type!r}, "
-                    "expected a CPU; give TrainingArguments(bf16=True) there."
-                )
-            choose(self._late_prompt, self.compute_dtype, None)
+        self._check_compute_dtype()
         if self.lora_learning_rate is not None:
             check_rate(self.lora_learning_rate, self._late_prompt, self.optimizer)
         if self._cuda_graphs and args.device.type != "cuda":

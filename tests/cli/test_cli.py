@@ -273,6 +273,11 @@ def test_models_that_cannot_be_loaded(models_dir, data, tmp_path):
         "eval", "--adapter", tmp_path, "--test_file", data["test"]
     )
     assert "holds no lpt_run.json" in refused("predict", "--adapter", tmp_path / "x")
+    for command in ("predict", "eval"):
+        base = (command, "--adapter", tmp_path / "x")
+        said = refused(*base, "--per_device_eval_batch_size", 0)
+        assert "`--per_device_eval_batch_size` must be at least 1, got 0" in said
+        assert "must be one of float32, bfloat16" in refused(*base, "--compute_dtype", "int8")
     run_train(models_dir, data, tmp_path / "out")
     other = refused(
         *("eval", "--adapter", tmp_path / "out", "--test_file", data["test"], "--use_cpu"),

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lpt_fast.backbone.families import find_backbone, get_layers
 from tests.method.cases import M, cached
@@ -80,6 +81,38 @@ def test_the_model_stays_as_it_is(family):
     late.compute_dtype = None
     assert late._copy is None
     assert torch.equal(outcome(model, "packed", **inputs)[0], expected[0])
+
+
+class Products(TorchDispatchMode):
+    """Shapes of the large products in bf16, and how many are of groups of texts."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows: set[int] = set()
+        self.grouped = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        mats = [x for x in args if isinstance(x, torch.Tensor) and x.dtype == BF16]
+        if name in ("mm", "addmm", "addmm_") and mats:
+            self.rows |= {max(x.shape[0] for x in mats if x.dim() == 2)}
+        self.grouped += bool(mats) and name in ("bmm", "baddbmm", "baddbmm_")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("family", ["bert", "mpnet", "gpt2", "qwen3"])
+def test_batches_share_their_products(family, how):
+    """Of whatever numbers of tokens: oneDNN compiles each size by itself."""
+    model = still(pair(family, "SEQ_CLS", k=1, **HOW[how])[1])
+    late_of(model).compute_dtype = BF16
+    seen = []
+    for lengths in ((9, 4, 7, 1, 3), (9, 9, 8, 4, 2)):
+        with Products() as products:
+            outcome(model, "packed", **batch(lengths=lengths))
+        assert products.grouped == 0
+        seen.append({n for n in products.rows if n > 20})
+    assert seen[0] == seen[1] and 64 in seen[0] and len(seen[0]) <= 3, seen
 
 
 def test_changed_weights_are_cast_again():

@@ -104,6 +104,10 @@ def test_models_that_cannot(gain, tmp_path):
     with pytest.raises(ValueError, match=r"torch\.bfloat16"):
         trainer_of(tmp_path, half, compute_dtype="bf16")
     assert choose(find_late_prompt(model_of()), None, torch.float16) is None
+    sharded = trainer_of(tmp_path, compute_dtype="bf16")
+    sharded.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="shards of its weights"):
+        sharded._check_arguments()
 
 
 def test_the_self_test():

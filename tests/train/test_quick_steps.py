@@ -89,6 +89,31 @@ def test_modes_are_what_trainer_sets(tmp_path):
     assert not model.training and not model.base_model.model.classifier.training
 
 
+def test_the_walks_are_spared(tmp_path, tokenizer, monkeypatch):
+    """Modes are set once and parameters counted once a training; no tokenizer pads."""
+    model = model_of()
+    calls = {"train": 0, "num_parameters": 0, "pad": 0}
+
+    def counted(owner, name):
+        own = getattr(owner, name)
+
+        def run(*args, **kwargs):
+            calls[name] += 1
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, run)
+
+    counted(type(find_late_prompt(model).backbone.encoder), "train")
+    counted(type(model.base_model.model), "num_parameters")
+    counted(type(tokenizer), "pad")
+    trainer = on_text(model, tmp_path, max_steps=6)
+    trainer.data_collator = DataCollatorWithPadding(tokenizer)
+    trainer.activation_cache = str(tmp_path / "cache")
+    trainer.train()
+    # (By hand: when the cache is held, by this class and by Trainer in the first step.)
+    assert calls["train"] <= 4 and calls["num_parameters"] == 1 and calls["pad"] == 0, calls
+
+
 def test_an_error_in_a_step_leaves_the_model_whole(tmp_path):
     model = model_of()
     trainer = on_text(model, tmp_path)
