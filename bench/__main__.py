@@ -1,5 +1,5 @@
 """python -m bench accuracy | accuracy-sweep | accuracy-sweep-report | table | accuracy-whole |
-accuracy-whole-report | predict |
+accuracy-whole-report | predict | loop |
 accuracy-few-shot | accuracy-few-shot-report | cache | cache-quantize | cache-accuracy | train |
 train-accuracy | train-plot | step-plot | kernels | plot | report | forecast | profile | lengths |
 fetch-mpnet | peft_suite.
@@ -17,9 +17,9 @@ from .cache import accuracy as cache_accuracy
 from .cache import main as cache
 from .cache import quantize as cache_quantize
 from .train import accuracy as train_accuracy
+from .train import loop, plot_steps, predict
 from .train import main as train
 from .train import plot as train_plot
-from .train import plot_steps, predict
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.command(name="accuracy")(accuracy.main)
@@ -37,6 +37,7 @@ app.command(name="train")(train.main)
 app.command(name="train-accuracy")(train_accuracy.main)
 app.command(name="train-plot")(train_plot.main)
 app.command(name="step-plot")(plot_steps.main)
+app.command(name="loop")(loop.main)
 app.command(name="predict")(predict.main)
 
 # Programs of their own, which also run where typer is not installed

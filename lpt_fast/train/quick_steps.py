@@ -17,12 +17,15 @@ class QuickSteps:
     _watch: Watch | None = None  # of all modules
     _were: list[bool] = []  # noqa: RUF012 (never written to): which of them trained
     _operations: int | None = None  # of a token, as Trainer counts them
-    _own_optimizer = False
+    _made: torch.optim.Optimizer | None = None  # by Trainer: it has all that trains
 
     def create_optimizer(self, *args, **kwargs):
         """As Trainer's."""
-        self._own_optimizer = self.optimizer is None
-        return super().create_optimizer(*args, **kwargs)
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if fresh:
+            self._made = optimizer
+        return optimizer
 
     def _inner_training_loop(self, *args, **kwargs):
         self._operations = self._watch = None
@@ -60,8 +63,9 @@ class QuickSteps:
         return self._operations * inputs[name].numel() if name in inputs else 0
 
     def _clip_grad_norm(self, model):
-        # An optimiser that Trainer made has all that trains.
-        if not self._own_optimizer or self.args.world_size > 1 or model is not self.model:
+        used = getattr(self.optimizer, "optimizer", self.optimizer)  # (Accelerate wraps it)
+        made = used is not None and used is self._made
+        if not made or self.args.world_size > 1 or model is not self.model:
             return super()._clip_grad_norm(model)
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         return self.accelerator.clip_grad_norm_(trained, self.args.max_grad_norm)

@@ -48,6 +48,7 @@ def test_an_optimiser_of_ones_own_has_not_all_that_trains(tmp_path):
         model, logs = model_of(), Logs()
         some = list(find_late_prompt(model).lpt_generator.parameters())
         trainer = make(model, tmp_path, callbacks=[logs])
+        trainer.create_optimizer()  # which another one then takes the place of
         trainer.optimizer = torch.optim.SGD(some, lr=0.01)
         trainer.train()
         norms.append(logs.norms)
