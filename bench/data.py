@@ -25,6 +25,19 @@ class WrongResult(Exception):
     """What was to be measured computes something wrong: no figure."""
 
 
+@contextmanager
+def ends_where_wrong(part: str = ""):
+    """Ends the program where something wrong was to be measured, and says what."""
+    import typer  # (which programs on a GPU do without)
+
+    try:
+        yield
+    except WrongResult as error:
+        said = f"{part:9} WRONG" if part else "WRONG"
+        typer.echo(f"{said}, no figure: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
 def require(sound: bool, what: str) -> None:
     """The gate before every measurement."""
     if not sound:
@@ -138,15 +151,20 @@ class Source:
 
         return AutoTokenizer.from_pretrained(self.model_name)
 
+    def lines(self, task: str, split: str = "train") -> list[tuple[str, str]]:
+        """Texts and their labels."""
+        path = self.data / task / f"{split}.tsv"
+        lines = path.read_text(encoding="utf-8").splitlines()[1:]
+        return [tuple(line.rsplit("\t", 1)) for line in lines]
+
     def labelled(self, task: str, split: str = "train", rows: int | None = None):
         """Tokenised texts [N] and the names of their labels [N]; of more than `rows`, some spread
         over the file.
         """
-        path = self.data / task / f"{split}.tsv"
-        lines = path.read_text(encoding="utf-8").splitlines()[1:]
+        lines = self.lines(task, split)
         if rows is not None and rows < len(lines):
             lines = [lines[i] for i in np.linspace(0, len(lines) - 1, rows).astype(int)]
-        texts, labels = zip(*(line.rsplit("\t", 1) for line in lines), strict=True)
+        texts, labels = zip(*lines, strict=True)
         encoded = self.tokenizer(list(texts), truncation=True, max_length=MAX_LENGTH)
         examples = [
             {name: values[i] for name, values in encoded.items()} for i in range(len(texts))

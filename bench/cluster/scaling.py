@@ -20,7 +20,16 @@ from pathlib import Path
 import numpy as np
 import typer
 
-from ..data import Figure, Recorder, Source, WrongResult, relative, require, temporary
+from ..data import (
+    Figure,
+    Recorder,
+    Source,
+    WrongResult,
+    ends_where_wrong,
+    relative,
+    require,
+    temporary,
+)
 
 TARGET = 1.7  # times one process
 FORETOLD = 0.10  # relative error of what is foretold, at most
@@ -261,14 +270,11 @@ def main(
 ) -> None:
     """Precompute on two processes beside one; bytes and seconds foretold for more texts."""
     source, record = Source(Path(data), model), Recorder(out)
-    try:
+    with ends_where_wrong():
         for figure in scaling(source, rows, repeats):
             record(figure)
         for figure in sizes(source, (rows // 4, rows // 2, rows), repeats):
             record(figure)
-    except WrongResult as error:
-        typer.echo(f"WRONG, no figure: {error}", err=True)
-        raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def main(
     from ..data import quiet
 
     need_peft()
-    from ..data import Recorder, WrongResult
+    from ..data import Recorder, ends_where_wrong
     from .run import Bench, Settings
 
     quiet()
@@ -100,12 +100,9 @@ def main(
         raise typer.Exit(2) from None
     typer.echo(bench.describe())
     record = Recorder(None if profile else out, bench.common())
-    try:
+    with ends_where_wrong("train"):
         for figure in bench.profiled() if profile else bench.figures():
             record(figure)
-    except WrongResult as error:
-        typer.echo(f"train     WRONG, no figure: {error}", err=True)
-        raise typer.Exit(1) from None
 
 
 def _default_layers(encoder: str, quick: bool) -> str:

@@ -8,7 +8,6 @@ fp32 more often than one time in a hundred gets no figure.
 
 from __future__ import annotations
 
-import csv
 import statistics
 import time
 from collections.abc import Callable
@@ -21,14 +20,6 @@ from ..paths import RESULTS
 BATCHES = (8, 32, 64)
 SURE = 0.05  # Of texts whose two best classes are closer in probability, either answer is right.
 OTHERWISE = 0.01
-
-
-def _texts(data: Path, tasks: list[str]) -> list[str]:
-    found = []
-    for task in tasks:
-        with open(data / task / "test.tsv", newline="", encoding="utf-8") as file:
-            found += [row["text"] for row in csv.DictReader(file, delimiter="\t", quoting=3)]
-    return found
 
 
 def _train(folder: Path, data: Path, name: str, model: str, method: dict) -> str:
@@ -109,14 +100,15 @@ def main(
     ),
 ) -> None:
     """Texts a second of prediction, and how many times a pipeline with LoRA's."""
-    from lpt_fast.cli.demo import demo_model
-
-    from ..data import Figure, Recorder, WrongResult, quiet, require, temporary
+    from ..data import Figure, Recorder, Source, ends_where_wrong, quiet, require, temporary
 
     quiet()
-    model = model or demo_model()
-    texts = _texts(Path(data), tasks.split(","))[:rows]
-    record = Recorder(out, {"tasks": tasks, "model": Path(model).name, "texts": len(texts)})
+    source = Source(Path(data), model)
+    texts = [text for task in tasks.split(",") for text, _ in source.lines(task, "test")][:rows]
+    record = Recorder(
+        out, {"tasks": tasks, "model": Path(model or "MiniLM").name, "texts": len(texts)}
+    )
+    model = source.model_name
     with temporary() as folder:
         here = Path(folder)
         lora = _train(here, Path(data), "lora", model, {"method": "lora"})
@@ -131,15 +123,12 @@ def main(
                 runs[f"lpt-fast, {name}, {dtype}"] = adapter, _ours(adapter, dtype)
         some = texts[:: max(1, len(texts) // 500)]
         truths = {adapter: _truth(adapter, some) for adapter in {a for a, _ in runs.values()}}
-        try:
+        with ends_where_wrong("predict"):
             for label, (adapter, run) in runs.items():
                 said = zip(run(some), truths[adapter], strict=True)
                 wrong = sum(own != best and sure for own, (best, sure) in said) / len(some)
                 record(Figure("gate", f"{label}: otherwise", 100 * wrong, "%", 100 * OTHERWISE))
                 require(wrong <= OTHERWISE, f"{label} classifies {wrong:.1%} otherwise")
-        except WrongResult as error:
-            typer.echo(f"predict   WRONG, no figure: {error}", err=True)
-            raise typer.Exit(1) from None
         seconds: dict[str, list[float]] = {label: [] for label in runs}
         for turn in range(rounds):
             order = list(runs)[turn % len(runs) :] + list(runs)[: turn % len(runs)]
