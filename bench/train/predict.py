@@ -105,9 +105,8 @@ def main(
     quiet()
     source = Source(Path(data), model)
     texts = [text for task in tasks.split(",") for text, _ in source.lines(task, "test")][:rows]
-    record = Recorder(
-        out, {"tasks": tasks, "model": Path(model or "MiniLM").name, "texts": len(texts)}
-    )
+    name = Path(model).name if model else "all-MiniLM-L6-v2"
+    record = Recorder(out, {"tasks": tasks, "model": name, "texts": len(texts)})
     model = source.model_name
     with temporary() as folder:
         here = Path(folder)
