@@ -103,7 +103,8 @@ def test_minilm_on_trec(tmp_path):
             label_names=["labels"],
         )
         if more:
-            more = {"activation_cache": ActivationCache.open(tmp_path / "c", model, store="fp32")}
+            opened = ActivationCache.open(tmp_path / "c", model, store="fp32")
+            more = {"activation_cache": opened, "compute_dtype": "float32"}
         trainer = cls(model, args, train_dataset=data, processing_class=tokenizer, **more)
         out = trainer.train()
         return trained(model), out.training_loss
