@@ -113,6 +113,26 @@ class PackedBatch:
         """The hidden states as models take them, [B, S, D] with zeros for padding."""
         return self.pad(self.text())
 
+    def select(self, texts: Tensor) -> PackedBatch:
+        """Some of the texts, int64 [n], in that order, without free rows."""
+        texts = texts.to(self.cu_seqlens.device)
+        lengths = self.lengths.index_select(0, texts)
+        ends = self.cu_seqlens.new_zeros(len(texts) + 1)
+        ends[1:] = lengths.cumsum(0)
+        shift = self.cu_seqlens[:-1].index_select(0, texts) - ends[:-1]
+        rows = shift.repeat_interleave(lengths) + torch.arange(int(ends[-1]), device=shift.device)
+        own = {
+            name: value[rows]
+            for name in ("input_ids", "token_type_ids", "position_ids")
+            if (value := getattr(self, name)) is not None
+        }
+        held = self.held
+        if held is not None:
+            held = replace(held, begins=held.begins[texts])
+        longest = int(lengths.max()) if len(lengths) else 0
+        place = {"cu_seqlens": ends, "max_seqlen": longest, "room": 0, "held": held}
+        return replace(self, hidden=self.text().index_select(0, rows), **place, **own)
+
     def to(self, *args, **kwargs) -> PackedBatch:
         """As `torch.Tensor.to`; a dtype goes to the hidden states alone."""
         hidden = self.hidden.to(*args, **kwargs)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -111,6 +112,7 @@ class Call:
     labels: Tensor | None = None
     cached: PackedBatch | None = None
     readout: Tensor | None = None
+    given: Callable | None = None  # makes the backbone's output, which is known already (mixed.py)
 
 
 class Context:
@@ -127,6 +129,9 @@ class Context:
         self._calls: dict[int, Call] = {}
         # While generate() runs: the context lengths, once they are known.
         self._generations: dict[int, list] = {}
+        self._given: dict[int, Callable] = {}
+        # Of a call for several adapters (mixed.py) that is about to run: (names, what ends it).
+        self.names: dict[int, tuple] = {}
 
     def note(self, model: nn.Module, args: tuple, kwargs: dict, cached=None, readout=None):
         """Before the forward of the whole model: takes what the backbone will not be given.
@@ -141,8 +146,18 @@ class Context:
         if args and labels is None:
             names = parameter_names(type(model).forward)
             labels = dict(zip(names, args, strict=False)).get("labels")
-        self._calls[_thread()] = Call(kwargs.pop("context_lengths", None), labels, cached, readout)
+        given = self._given.pop(_thread(), None) if self._given else None
+        lengths = kwargs.pop("context_lengths", None)
+        self._calls[_thread()] = Call(lengths, labels, cached, readout, given)
         return args, kwargs
+
+    def names_of_call(self) -> tuple | None:
+        """Of this thread."""
+        return self.names.get(_thread()) if self.names else None
+
+    def give(self, output: Callable) -> None:
+        """What the backbone gives in the next call of the whole model, as a function."""
+        self._given[_thread()] = output
 
     def forget(self, model: nn.Module, args: tuple, output) -> None:
         """Forward hook: nothing of a call, not of a failed one either, is left for the next."""

@@ -25,6 +25,7 @@ from .context import Context, parameter_names
 from .generators import PromptGenerator, build_generator
 from .labels import get_labels, set_labels
 from .late_lora import build_lora
+from .mixed import generate_mixed
 from .packed_call import run_call, takes_packed
 from .padded_call import capture, run_padded
 from .readout import READOUT, SHIFTED, checked_places, narrow_labels
@@ -282,6 +283,9 @@ class LatePrompt(nn.Module, BaseTunerLayer):
     def _sync(self) -> None:
         """Modes and label space of the adapter that runs, or of the base model."""
         self._sync_modes()
+        self._sync_labels()
+
+    def _sync_labels(self) -> None:
         config = self.active_config
         owner = None if config is None else self.active_adapters[0]
         model_config = getattr(self.root, "config", None)
@@ -324,6 +328,10 @@ class LatePrompt(nn.Module, BaseTunerLayer):
             context_lengths: tokens of each example that the prompt is made from; default: all of
                 the input's.
         """
+        if (mixed := self.context.names_of_call()) is not None:
+            names, give_back = mixed
+            give_back()
+            return generate_mixed(self, names, context_lengths, args, kwargs)
         if kwargs.pop(cached.CACHED, None) is not None:
             raise ValueError(
                 f"generate() got `{cached.CACHED}`, expected the text: new tokens go through all "
@@ -345,6 +353,8 @@ class LatePrompt(nn.Module, BaseTunerLayer):
 
     def _enter(self, model: nn.Module, args: tuple, kwargs: dict):
         """Forward pre-hook of the whole model: takes what the backbone will not be given."""
+        if self.context.names_of_call() is not None:
+            return None  # each adapter's texts will come by themselves
         batch = kwargs.pop(cached.CACHED, None)
         place = kwargs.pop(READOUT, None)
         if place is not None:
@@ -383,6 +393,8 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         """
         backbone = self.backbone
         call = self.context.take()
+        if call.given is not None:
+            return call.given()
         if kwargs.get(cached.CACHED) is not None:
             raise ValueError(
                 f"{type(backbone).__name__} got `{cached.CACHED}`, expected it in the call of the "

@@ -167,33 +167,19 @@ def forward_packed(late, call: Call, rows: Rows, ids: Tensor | None):
         read it is [B, 1, D], or that row at every place for heads that look for it.
     """
     backbone, family, plan = late.backbone, late.family, rows.plan
-    B, S = rows.shape
-    device = rows.buffer.device
     name = late.active_adapters[0]
-    config, generator = late.lpt_config[name], late.lpt_generator[name]
-    k = config.insertion_layer
-    readable = end = None
-    if family.causal:
-        tokens = attended(rows.tokens, B, S, device)
-        readable = late.context.of(tokens, call, late.training, generator.reads_text)
-        # The context is always the first tokens of a text.
-        end = readable.sum(1, dtype=torch.int32)
-
-    def states():
-        tokens = rows.tokens if readable is None else readable
-        return rows.padded(rows.buffer), attended(tokens, B, S, device)
-
+    k = late.lpt_config[name].insertion_layer
     reads, place = readout_of(late, call, ids, rows)
+    end, states = context_of(late, name, call, rows)
     out = None
     if late.graphs is not None:
         out = late.graphs.run(rows, end, reads is not None, place)
     if out is None:
-        context = None if end is None else torch.stack((torch.zeros_like(end), end), 1)
         held, updates = rows.held, late.updates(name)
         if held is not None:
             updated = first_updated(backbone, family, k, updates)
             held = held if held.fits(rows.buffer, plan.m, updated) else None
-        filled = generator.fill(rows.buffer, rows.cu_seqlens, context, states)
+        filled = fill(late, name, rows, end, states)
         positions = rows.rotary_positions() if family.takes_positions else None
         full, at, own = plan, place, late.compute_dtype
         if own is not None:
@@ -213,7 +199,46 @@ def forward_packed(late, call: Call, rows: Rows, ids: Tensor | None):
                 updates=updates,
             )
         if own is not None:
-            out = out[: plan.rows if reads is None else B].to(layer_dtype(late, k))
+            out = out[: plan.rows if reads is None else rows.shape[0]].to(layer_dtype(late, k))
+    return output_of(late, rows, out, reads)
+
+
+def context_of(late, name: str, call: Call, rows: Rows) -> tuple[Tensor | None, Callable]:
+    """What an adapter's prompts are made from.
+
+    Returns:
+        Of decoders how many of each text's first tokens, int32 [B]; None: all. And what gives
+        `PromptGenerator.fill` its padded form.
+    """
+    B, S = rows.shape
+    device = rows.buffer.device
+    readable = end = None
+    if late.family.causal:
+        tokens = attended(rows.tokens, B, S, device)
+        reads_text = late.lpt_generator[name].reads_text
+        readable = late.context.of(tokens, call, late.training, reads_text)
+        # The context is always the first tokens of a text.
+        end = readable.sum(1, dtype=torch.int32)
+
+    def states():
+        tokens = rows.tokens if readable is None else readable
+        return rows.padded(rows.buffer), attended(tokens, B, S, device)
+
+    return end, states
+
+
+def fill(late, name: str, rows: Rows, end: Tensor | None, states: Callable) -> Tensor:
+    """The rows with an adapter's prompts, [T + B m, D]; arguments as `context_of` gives them."""
+    context = None if end is None else torch.stack((torch.zeros_like(end), end), 1)
+    return late.lpt_generator[name].fill(rows.buffer, rows.cu_seqlens, context, states)
+
+
+def output_of(late, rows: Rows, out: Tensor, reads: str | None):
+    """The backbone's output from what the last layer gave, [N, D], or [B, D] where one token of
+    each text is read.
+    """
+    backbone, family = late.backbone, late.family
+    B, S = rows.shape
     if reads is None:
         last = rows.padded(out)
     else:
@@ -320,14 +345,21 @@ def run_call(late, call: Call, inputs: dict, kwargs: dict):
             kwargs["use_cache"] = False
             set_cache(late.backbone, kwargs, None)
         hidden = run_lower(late.backbone, late.family, k, {**inputs, **kwargs})
-        mask = inputs.get("attention_mask")
-        tokens = None if mask is None else mask.bool()
-        positions = inputs.get("position_ids")
-        if positions is None and tokens is not None and late.family.takes_positions:
-            # Columns from the first token's on, as the model's own code turns them: over a hole in
-            # the mask too.
-            column = torch.arange(tokens.shape[1], device=tokens.device)
-            positions = column - tokens.int().argmax(1, keepdim=True)
+        tokens, positions = tokens_of(late, inputs)
         states = hidden.last_hidden_state
         rows = Rows.of_text(states.to(late.compute_dtype or states.dtype), tokens, positions, m)
     return forward_packed(late, call, rows, ids)
+
+
+def tokens_of(late, inputs: dict) -> tuple[Tensor | None, Tensor | None]:
+    """The tokens of a call's texts, bool [B, S], None: all; and their positions, int64 [B, S] or
+    [1, S], None: the columns.
+    """
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    tokens = None if mask is None else mask.bool()
+    if positions is None and tokens is not None and late.family.takes_positions:
+        # Columns from the first token's on, as the model's own code turns them: over a hole in
+        # the mask too.
+        column = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = column - tokens.int().argmax(1, keepdim=True)
+    return tokens, positions

@@ -36,6 +36,7 @@ from .filling_in import fill_in
 from .labels import set_labels
 from .late_lora import lora_targets, merge_lora
 from .late_prompt import NO_MERGE, LatePrompt
+from .mixed import mixing
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -45,7 +46,7 @@ class LPTModel(BaseTuner):
 
     What it adapts is the backbone as a whole: a `LatePrompt` becomes its child and takes over its
     forward. Heads and losses stay those of the Hugging Face model. Late prompts cannot be merged;
-    one adapter runs at a time.
+    one adapter is active at a time, and `adapter_names` runs several in one call (mixed.py).
     """
 
     prefix = PREFIX
@@ -283,18 +284,17 @@ class LPTModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "Late Prompt Tuning got `adapter_names`: adapters differ in layer and number of "
-                "prompt rows, so one batch runs one adapter. Use set_adapter() and a batch for "
-                "each."
-            )
+        names = kwargs.get("adapter_names")
         if kwargs.get("alora_offsets") is not None:  # which PEFT takes out of the call
             raise ValueError(
                 "Late Prompt Tuning got `alora_offsets`, expected none: they are for activated "
                 "LoRA. Leave it out; `context_lengths` says where a decoder's context ends."
             )
-        yield
+        if names is None:
+            yield
+            return
+        with mixing(self._late_prompt(), names):
+            yield
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Never: a prompt is no low-rank update."""

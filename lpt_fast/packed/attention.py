@@ -369,10 +369,10 @@ def attend(
 
         if attention.takes(plan.rows, plan.texts, plan.size, size):
             how = dict(heads=heads, kv_heads=kv_heads, scale=scale, causal=causal)
-            most = plan.m if prompt_only else None
+            most = plan.m if prompt_only and plan.even else None
             return attention.attend(q, k, v, plan.cu_seqlens, plan.size, most=most, **how)
     if not q.is_cuda and q.dtype == k.dtype == v.dtype and plan.size <= PRODUCTS_UP_TO:
-        return _Products.apply(*arguments, bias, prompt_only)
+        return _Products.apply(*arguments, bias, prompt_only and plan.even)
     if bias is None and q.is_cuda and half and size % 8 == 0 and _varlen() is not None:
         return _by_varlen(*arguments)
     return _by_sdpa(*arguments, bias)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .attention import attend
 from .last_layer import attend_one
-from .low_rank import LowRank, Part, adapt
+from .low_rank import Among, LowRank, Part, adapt
 from .ops import FromPrompts, backward_of, branches
 from .plan import Plan
 
@@ -27,7 +27,7 @@ class Block:
         bias: added to scores by the places of query and key in their text, [H, S, S], or None.
         linear: whether `project` is, so that its gradient is the same for all rows.
         names: role of a linear layer in the block -> its name in the Hugging Face layer.
-        parts_of: role -> its low-rank update.
+        parts_of: role -> its low-rank updates, one for each adapter of the batch that has one.
     """
 
     heads: int
@@ -38,14 +38,18 @@ class Block:
     rotary: tuple[Tensor, Tensor] | None = None
     bias: Tensor | None = None
     names: ClassVar[dict[str, str]]
-    parts_of: dict[str, Part] = {}  # noqa: RUF012 (none; `update` gives a block its own)
+    parts_of: dict[str, list[Part]] = {}  # noqa: RUF012 (none; `update` gives a block its own)
 
     # -- low-rank updates ----------------------------------------------------------------------
 
-    def update(self, updates: dict[str, LowRank]) -> None:
-        """Takes updates, by the name of the linear layer in the Hugging Face layer."""
+    def update(self, updates: dict[str, LowRank], among: Among | None = None) -> None:
+        """Takes updates, by the name of the linear layer in the Hugging Face layer; for some of
+        the batch's texts, or all.
+        """
         roles = {name: role for role, name in self.names.items()}
-        self.parts_of = {roles[name]: Part(update) for name, update in updates.items()}
+        self.parts_of = dict(self.parts_of)
+        for name, update in updates.items():
+            self.parts_of.setdefault(roles[name], []).append(Part(update, among=among))
 
     def updated(self, *roles: str) -> bool:
         """Whether one of these has an update."""
@@ -55,7 +59,7 @@ class Block:
         """What frozen products made of rows x, with the updates of these roles."""
         if not self.parts_of:
             return outs
-        return tuple(adapt(x, list(outs), [self.parts_of.get(role) for role in roles]))
+        return tuple(adapt(x, list(outs), [self.parts_of.get(role, []) for role in roles]))
 
     def product(self, role: str, x: Tensor) -> Tensor:
         """What one linear layer makes of rows x [n, D]."""
@@ -201,7 +205,7 @@ class Block:
         feed-forward for that row alone (DESIGN section 4, readout pruning).
         """
         rows = plan.readout_rows(place)
-        if any(self.parts_of[role].drops for role in self.queries if role in self.parts_of):
+        if any(part.drops for role in self.queries for part in self.parts_of.get(role, ())):
             # (Rows that are dropped differently for each update have no common form.)
             return self.finish(*self.read_plainly(x, rows, place, plan))
         return self.finish(*self.read(x, rows, place, plan, first))

@@ -8,6 +8,7 @@ block.py has what all share.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -17,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 
 from .block import Block
 from .last_layer import attend_one, attend_one_absorbed, pick
-from .low_rank import Part
 from .ops import (
     FromPrompts,
     activation,
@@ -98,8 +98,8 @@ class PostNormBlock(Block):
             causal=False,
             place=place,
             bias=self.bias,
-            key_part=self.parts_of.get("key"),
-            value_part=self.parts_of.get("value"),
+            key_parts=self.parts_of.get("key", ()),
+            value_parts=self.parts_of.get("value", ()),
         )
 
 
@@ -161,12 +161,12 @@ class GPT2Block(Block):
         norms = [layer.ln_1, layer.ln_2]
         return [*((m, Conv1D) for m in linear), *((m, nn.LayerNorm) for m in norms)]
 
-    def update(self, updates):
-        super().update(updates)
-        whole = self.parts_of.pop("qkv", None)
-        if whole is not None:  # one A, and a part of B for each
+    def update(self, updates, among=None):
+        super().update(updates, among)
+        for whole in self.parts_of.pop("qkv", ()):  # one A, and a part of B for each
             for i, role in enumerate(self.queries):
-                self.parts_of[role] = Part(whole.update, self._features(i))
+                part = replace(whole, rows=self._features(i))
+                self.parts_of.setdefault(role, []).append(part)
 
     def _features(self, i: int) -> slice:
         return slice(i * self.width, (i + 1) * self.width)
@@ -216,8 +216,8 @@ class GPT2Block(Block):
             scale=self.scale,
             causal=True,
             place=place,
-            key_part=self.parts_of.get("key"),
-            value_part=self.parts_of.get("value"),
+            key_parts=self.parts_of.get("key", ()),
+            value_parts=self.parts_of.get("value", ()),
         )
 
 

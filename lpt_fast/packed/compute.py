@@ -53,11 +53,13 @@ def with_filler(
     Args:
         rows: [N, D]; plan, positions, place: of it, as for `run_packed`; held: of its texts.
     """
-    count = -(-(plan.rows + plan.m + 1) // ROWS) * ROWS
+    own = plan.m if plan.even else 0
+    count = -(-(plan.rows + own + 1) // ROWS) * ROWS
     more = count - plan.rows
-    tokens = more - plan.m
+    tokens = more - own
     ends = torch.cat((plan.token_ends, plan.token_ends[-1:] + tokens))
-    full = Plan(ends, max(plan.longest, tokens), plan.m, count)
+    m = own if plan.even else [*plan.m.tolist(), own]
+    full = Plan(ends, max(plan.longest, tokens), m, count)
     rows = torch.cat((rows, rows.new_zeros(more, rows.shape[1])))
     if positions is not None:
         positions = torch.cat((positions, torch.arange(more)))

@@ -4,6 +4,8 @@ pruning, DESIGN section 4).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -129,8 +131,8 @@ def attend_one_absorbed(
     causal: bool,
     place: Tensor | None,
     bias: Tensor | None = None,
-    key_part: Part | None = None,
-    value_part: Part | None = None,
+    key_parts: Sequence[Part] = (),
+    value_parts: Sequence[Part] = (),
 ) -> Tensor:
     """Attention of one row of each text, without keys and values.
 
@@ -144,7 +146,7 @@ def attend_one_absorbed(
         x_places: [places, D], what keys and values would be made of, at padded places (`pick`).
         w_k, w_v: [H d, D]; b_v: [H d] or None.
         plan, heads, scale, causal, place, bias: as for `attend_one`.
-        key_part, value_part: updates of W_k and W_v, without dropout.
+        key_parts, value_parts: updates of W_k and W_v, without dropout.
 
     Returns:
         [B, H d].
@@ -156,10 +158,11 @@ def attend_one_absorbed(
     w_k, w_v = (w.to(dtype).view(heads, -1, D) for w in (w_k, w_v))
     seen = _in_groups(place + 1 + plan.m, plan) if causal else None
     with without_autocast(q):
-        u = add_by_heads(_ByHeads.apply(q, w_k), q, key_part, transposed=True)  # [B, H, D]
+        u = add_by_heads(_ByHeads.apply(q, w_k), q, key_parts, plan, transposed=True)  # [B, H, D]
         biases = _bias_rows(bias, place, plan)
         pooled = _Absorbed.apply(u, x_places.to(dtype), plan, scale, seen, biases)
-        values = add_by_heads(_ByHeads.apply(pooled, w_v.transpose(1, 2)), pooled, value_part)
+        made = _ByHeads.apply(pooled, w_v.transpose(1, 2))
+        values = add_by_heads(made, pooled, value_parts, plan)
     values = _in_batch([values.flatten(1)], plan).to(own)
     return values if b_v is None else values + b_v
 
@@ -225,9 +228,10 @@ def _bias_rows(bias: Tensor | None, place: Tensor | None, plan: Plan) -> Tensor 
     """Those of the queries in the order of the groups, [B, H, S]; one for all, [1, H, S], where
     each is the first token of its text.
     """
-    if bias is None or place is None:
+    if bias is None or (place is None and plan.even):
         return None if bias is None else bias[None, :, plan.m]
-    return bias[:, _in_groups(place + plan.m, plan)].transpose(0, 1)
+    row = plan.m if place is None else place + plan.m
+    return bias[:, _in_groups(row, plan)].transpose(0, 1)
 
 
 def _bias_of(rows: Tensor, group: Group) -> Tensor:

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from ..backbone.low_rank import LowRank
 from .attention import plainly, without_autocast
+from .plan import Plan
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,12 @@ class Part:
         update: its module.
         rows: which output features of it, where one matrix holds queries, keys and values; None:
             all.
+        among: the texts that it is for, where a batch has several adapters; None: all.
     """
 
     update: LowRank
     rows: slice | None = None
+    among: Among | None = None
 
     @property
     def drops(self) -> bool:
@@ -41,52 +45,83 @@ class Part:
         a, b = self.update.lora_A.weight, self.update.lora_B.weight
         return a.to(dtype), (b if self.rows is None else b[self.rows]).to(dtype)
 
+    def place(self, count: int) -> slice:
+        """Which of x's rows are its own; `count`: how many x has."""
+        return slice(0, count) if self.among is None else self.among.place(count)
 
-def adapt(x: Tensor, outs: list[Tensor], parts: list[Part | None]) -> list[Tensor]:
+
+@dataclass(frozen=True)
+class Among:
+    """Texts that stand one after another in a batch.
+
+    Attributes:
+        rows: theirs with their prompts.
+        texts: their numbers.
+        count: rows of the batch.
+    """
+
+    rows: slice
+    texts: slice
+    count: int
+
+    def place(self, count: int) -> slice:
+        """Theirs among all rows of the batch, or, of another number, among one row of each text."""
+        return self.rows if count == self.count else self.texts
+
+
+def adapt(x: Tensor, outs: list[Tensor], parts: list[list[Part]]) -> list[Tensor]:
     """Adds updates to what frozen products made of rows.
 
     Args:
         x: [n, D], the rows.
         outs: [n, D'] each; fresh memory, which is written to.
-        parts: the update of each, or None.
+        parts: the updates of each: none, one, or one for each of several adapters.
 
     Returns:
         [n, D'] each.
     """
-    chosen = [i for i, part in enumerate(parts) if part is not None]
-    if not chosen:
+    outs, plain = list(outs), []
+    for i, own in enumerate(parts):
+        for part in own:
+            place = part.place(len(x))
+            if place.start >= place.stop:
+                continue
+            if not part.drops:
+                plain.append((i, part, place))
+                continue
+            # Each update has a mask of its own, as PEFT's.
+            made = part.update(x[place].to(outs[i].dtype))
+            made = made if part.rows is None else made[:, part.rows]
+            outs[i] = outs[i] + F.pad(made, (0, 0, place.start, len(x) - place.stop))
+    if not plain:
         return outs
-    outs = list(outs)
-    dropped = [i for i in chosen if parts[i].drops]
-    for i in dropped:  # Each update has a mask of its own, as PEFT's.
-        made = parts[i].update(x.to(outs[i].dtype))
-        outs[i] = outs[i] + (made if parts[i].rows is None else made[:, parts[i].rows])
-    plain = [i for i in chosen if i not in dropped]
-    if plain:
-        dtype = outs[plain[0]].dtype
-        weights = [parts[i].weights(dtype) for i in plain]
-        scales = [parts[i].update.scaling for i in plain]
-        flat = (*(outs[i] for i in plain), *(a for a, _ in weights), *(b for _, b in weights))
-        with without_autocast(x):
-            made = _Adapt.apply(x.to(dtype), scales, *flat)
-        for i, out in zip(plain, made, strict=True):
-            outs[i] = out
+    chosen = sorted({i for i, _, _ in plain})
+    dtype = outs[chosen[0]].dtype
+    weights = [part.weights(dtype) for _, part, _ in plain]
+    items = [(chosen.index(i), part.update.scaling, place) for i, part, place in plain]
+    flat = (*(outs[i] for i in chosen), *(a for a, _ in weights), *(b for _, b in weights))
+    with without_autocast(x):
+        made = _Adapt.apply(x.to(dtype), items, len(chosen), *flat)
+    for i, out in zip(chosen, made, strict=True):
+        outs[i] = out
     return outs
 
 
 class _Adapt(torch.autograd.Function):
-    """out_i + scale_i (x A_i^T) B_i^T, in the memory of out_i, for products of one x."""
+    """out + scale (x A^T) B^T, in the memory of out, for products of one x. Each item has the
+    number of its out, its scale and the rows that are meant.
+    """
 
     @staticmethod
-    def forward(ctx, x, scales, *tensors):
-        n = len(scales)
-        outs, downs, ups = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+    def forward(ctx, x, items, count, *tensors):
+        n = len(items)
+        outs, downs, ups = tensors[:count], tensors[count : count + n], tensors[count + n :]
         inner = []
-        for out, a, b, scale in zip(outs, downs, ups, scales, strict=True):
-            u = torch.mm(x, a.t())  # [n, r]
-            out.addmm_(u, b.t(), alpha=scale)
+        for (i, scale, place), a, b in zip(items, downs, ups, strict=True):
+            u = torch.mm(x[place], a.t())  # [n, r]
+            outs[i][place].addmm_(u, b.t(), alpha=scale)
             inner.append(u)
-        ctx.scales = scales
+        ctx.items = items
         ctx.mark_dirty(*outs)
         ctx.save_for_backward(x, *inner, *downs, *ups)
         return outs
@@ -95,38 +130,56 @@ class _Adapt(torch.autograd.Function):
     @once_differentiable
     @plainly
     def backward(ctx, *grads):
-        n = len(ctx.scales)
+        n = len(ctx.items)
         x, *rest = ctx.saved_tensors
         inner, downs, ups = rest[:n], rest[n : 2 * n], rest[2 * n :]
+        whole = all(len(u) == len(x) for u in inner)
         dx, d_downs, d_ups = None, [], []
-        for grad, u, a, b, scale in zip(grads, inner, downs, ups, ctx.scales, strict=True):
+        if ctx.needs_input_grad[0] and not whole:
+            dx = torch.zeros_like(x)
+        for (i, scale, place), u, a, b in zip(ctx.items, inner, downs, ups, strict=True):
+            grad = grads[i][place]
             h = torch.mm(grad, b).mul_(scale)  # [n, r]
             d_ups.append(torch.mm(grad.t(), u).mul_(scale))
-            d_downs.append(torch.mm(h.t(), x))
+            d_downs.append(torch.mm(h.t(), x[place]))
             if ctx.needs_input_grad[0]:
-                dx = torch.mm(h, a) if dx is None else dx.addmm_(h, a)
-        return dx, None, *grads, *d_downs, *d_ups
+                if dx is None:
+                    dx = torch.mm(h, a)
+                else:
+                    dx[place].addmm_(h, a)
+        return dx, None, None, *grads, *d_downs, *d_ups
 
 
-def add_by_heads(out: Tensor, x: Tensor, part: Part | None, transposed: bool = False) -> Tensor:
-    """Adds an update to a product that each head makes with its own rows of the matrix.
+def add_by_heads(
+    out: Tensor, x: Tensor, parts: list[Part], plan: Plan, transposed: bool = False
+) -> Tensor:
+    """Adds updates to a product that each head makes with its own rows of the matrix.
 
     Args:
         out: [B, H, d] what the frozen rows made of x [B, H, D]; or transposed, [B, H, D] of
-            [B, H, d].
+            [B, H, d]. In the order of the plan's groups.
         x: what they made it of.
-        part: the update, without dropout, or None.
+        parts: the updates, without dropout.
+        plan: of the batch.
         transposed: which.
     """
-    if part is None:
-        return out
+    for part in parts:
+        if part.among is None:
+            out = out + _by_heads(out, x, part, transposed)
+            continue
+        texts = plan.inverse_order[part.among.texts]
+        more = _by_heads(out, x.index_select(0, texts), part, transposed)
+        out = out.index_add(0, texts, more)
+    return out
+
+
+def _by_heads(out: Tensor, x: Tensor, part: Part, transposed: bool) -> Tensor:
     a, b = part.weights(out.dtype)
-    texts, heads = out.shape[:2]
+    texts, heads = x.shape[:2]
     b = b.view(heads, -1, b.shape[1]) * part.update.scaling  # [H, d, r]
     # (By `mm`: how `matmul` computes these depends on whether A trains, and so would the bits.)
     if transposed:
         inner = torch.bmm(x.transpose(0, 1), b)  # [H, B, r]
-        more = torch.mm(inner.flatten(0, 1), a).view(heads, texts, -1)
-        return out + more.transpose(0, 1)
+        return torch.mm(inner.flatten(0, 1), a).view(heads, texts, -1).transpose(0, 1)
     inner = torch.mm(x.flatten(0, 1), a.t()).view(texts, heads, -1)  # [B, H, r]
-    return out + torch.bmm(inner.transpose(0, 1), b.transpose(1, 2)).transpose(0, 1)
+    return torch.bmm(inner.transpose(0, 1), b.transpose(1, 2)).transpose(0, 1)

@@ -181,7 +181,7 @@ class FromPrompts(torch.autograd.Function):
         ctx.save_for_backward(own if reads else None)
         if held is None:
             return x.view_as(x), *project(x, None)
-        if plan.m:
+        if len(rows):
             for whole, part in zip(held, project(own, rows), strict=True):
                 whole.index_copy_(0, rows, part)
         return x.view_as(x), *held

@@ -1,7 +1,8 @@
 """Where the rows of a packed batch with prompts stand: made once a batch, used by every layer.
 
 A packed batch holds T text rows of B texts and m prompt rows before each: N = T + B m rows in all,
-text b in rows start[b] .. start[b] + length[b], its prompt first. Linear layers, norms and
+text b in rows start[b] .. start[b] + length[b], its prompt first. (In a batch of several adapters m
+may differ from text to text.) Linear layers, norms and
 activations never need more. Attention works text by text; where no variable-length kernel serves,
 texts of like length are gathered into padded groups for it, and for it alone.
 """
@@ -61,21 +62,28 @@ class Plan:
     Args:
         cu_seqlens: int32 [B + 1] of the text rows alone.
         max_seqlen: tokens of the longest text.
-        m: prompt rows of each text.
+        m: prompt rows of each text, one number for all or a list of B.
         rows: N = T + B m, known from the shape of the batch.
 
     Attributes:
+        m: one number where it is the same for all, else int64 [B].
+        most: the largest.
+        even: whether it is the same for all.
         token_ends: the given cu_seqlens.
 
     On the CPU texts are sorted into groups; on a GPU, where looking at lengths would make the host
     wait, there is one.
     """
 
-    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, m: int, rows: int):
-        self.m, self.rows, self.longest = m, rows, max_seqlen
+    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, m: int | list[int], rows: int):
+        self.rows, self.longest = rows, max_seqlen
         self.texts = len(cu_seqlens) - 1
         self.device = cu_seqlens.device
-        self.size = max_seqlen + m
+        several = [m] if isinstance(m, int) else m
+        self.most = max(several)
+        self.even = len(set(several)) == 1
+        self.m = self.most if self.even else torch.tensor(m, device=self.device)
+        self.size = max_seqlen + self.most
         if not self.sorted:
             # A GPU's products of other sizes read their numbers one by one.
             self.size = -(-self.size // ALIGNED) * ALIGNED
@@ -83,7 +91,10 @@ class Plan:
         # 0, 1, 2 ...: made once, for each launch of a small kernel costs as much as a large one's.
         self._count = torch.arange(max(rows, self.size, self.texts + 1), device=self.device)
         # int64 [B + 1], prompts included.
-        self._ends = torch.add(cu_seqlens, self._count[: self.texts + 1], alpha=m)
+        if self.even:
+            self._ends = torch.add(cu_seqlens, self._count[: self.texts + 1], alpha=self.m)
+        else:
+            self._ends = cu_seqlens + torch.cat((self._count[:1], self.m.cumsum(0)))
         self.starts = self._ends[:-1]
 
     @cached_property
@@ -104,14 +115,18 @@ class Plan:
     @cached_property
     def prompt_rows(self) -> Tensor:
         """int64 [B m], text by text."""
-        return (self.starts[:, None] + self._count[: self.m]).flatten()
+        rows = self.starts[:, None] + self._count[: self.most]
+        if self.even:
+            return rows.flatten()
+        return rows[self._count[: self.most] < self.m[:, None]]
 
     @cached_property
     def text_rows(self) -> Tensor:
         """int64 [T], the rows that hold text."""
-        row = self._count[: self.rows - self.texts * self.m]
+        prompts = self.texts * self.m if self.even else len(self.prompt_rows)
+        row = self._count[: self.rows - prompts]
         text = torch.searchsorted(self.text_starts, row, right=True)  # counted from 1
-        return row + text * self.m
+        return row + (text * self.m if self.even else self.m.cumsum(0)[text - 1])
 
     @cached_property
     def places_in_text(self) -> Tensor:
@@ -125,7 +140,7 @@ class Plan:
 
     def readout_rows(self, place: Tensor | None) -> Tensor:
         """int64 [B], the row of the token at `place` of each text; None: the first token."""
-        rows = self.starts + self.m
+        rows = self.starts + self.m  # (a number or [B])
         return rows if place is None else rows + place
 
     # -- padded groups -----------------------------------------------------------------------------

@@ -16,6 +16,7 @@ Which families: `blocks.BLOCKS`. Everything else runs the padded way (upper.py).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -28,6 +29,7 @@ from ..backbone.low_rank import LowRank
 from ..backbone.watch import HOOKS, Watch, descendants, spine
 from .attention import autocast_dtype, without_autocast
 from .blocks import BLOCKS, Block, LlamaBlock
+from .low_rank import Among
 from .ops import fused, layer_norm, rms_norm
 from .plan import Plan
 
@@ -205,25 +207,62 @@ def run_packed(
     """
     off = autocast_dtype(rows) is not None and own_half(backbone, family, k, rows)
     with without_autocast(rows) if off else nullcontext():
-        return _run(backbone, family, k, rows, plan, positions, readout, place, held, updates)
+        x = run_layers(
+            backbone,
+            family,
+            range(k, len(get_layers(backbone, family))),
+            rows,
+            plan,
+            positions=positions,
+            readout=readout,
+            place=place,
+            held=held,
+            updates=[(updates, None)] if updates else (),
+        )
+        return final_norms(backbone, family, x)
 
 
-def _run(backbone, family, k, rows, plan, positions, readout, place, held, updates):
-    layers = list(get_layers(backbone, family))[k:]
-    make = block_type(backbone)
+def run_layers(
+    backbone: nn.Module,
+    family: Family,
+    numbers: range,
+    rows: Tensor,
+    plan: Plan,
+    *,
+    positions: Tensor | None,
+    readout: bool,
+    place: Tensor | None,
+    held: list[Tensor] | None = None,
+    updates: Sequence[tuple[dict[int, dict[str, LowRank]], Among | None]] = (),
+    first: bool = True,
+) -> Tensor:
+    """Some of the layers of `run_packed`, whose arguments these are.
+
+    Args:
+        numbers: which layers, counted from 0, one after another.
+        updates: those of each adapter of the batch, and for which of its texts.
+        first: whether of the rows only prompt rows may have a gradient.
+    """
+    make, layers = block_type(backbone), get_layers(backbone, family)
     rotary = _rotary(backbone, family, rows, positions)
     bias = _position_bias(backbone, family, rows, plan)
     x = rows
-    for i, layer in enumerate(layers):
-        block = make(layer)
+    for i in numbers:
+        block = make(layers[i])
         block.rotary, block.bias = rotary, bias
-        if updates and k + i in updates:
-            block.update(updates[k + i])
-        first = i == 0
+        for own, among in updates:
+            if i in own:
+                block.update(own[i], among)
+        starts = first and i == numbers.start
         if readout and i == len(layers) - 1:
-            x = block.run_last(x, plan, place, first)
+            x = block.run_last(x, plan, place, starts)
         else:
-            x = block.run(x, plan, first, held if first else None)
+            x = block.run(x, plan, starts, held if starts else None)
+    return x
+
+
+def final_norms(backbone: nn.Module, family: Family, x: Tensor) -> Tensor:
+    """What comes after the last layer, [n, D] -> [n, D]."""
     for name in family.after:
         norm = getattr(backbone, name)
         x = layer_norm(norm, x) if isinstance(norm, nn.LayerNorm) else rms_norm(norm, x)

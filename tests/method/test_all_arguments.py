@@ -90,8 +90,10 @@ def test_other_methods_and_other_ways_to_call():
         with model.disable_adapter():
             plain = model(input_ids=ids, token_type_ids=types, task_ids=None).start_logits
         assert torch.equal(plain, base(input_ids=ids, token_type_ids=types).start_logits)
-        with pytest.raises(ValueError, match="`adapter_names`"):
-            model(input_ids=ids, adapter_names=["default"] * 5)
+        names = ["default", "__base__", "default", "default", "default"]
+        mixed = model(ids, ones, types, adapter_names=names).start_logits
+        torch.testing.assert_close(mixed[[0, 2, 3, 4]], want.start_logits[[0, 2, 3, 4]])
+        torch.testing.assert_close(mixed[1], plain[1])
     lora = peft.get_peft_model(base, peft.LoraConfig(task_type="QUESTION_ANS")).eval()
     with torch.no_grad():
         a, b = (lora(input_ids=ids, token_type_ids=t).start_logits for t in (types, None))

@@ -228,12 +228,6 @@ def test_print_trainable_parameters(capsys):
     assert f"trainable params: {npg + pooler_and_classifier:,} ||" in capsys.readouterr().out
 
 
-def test_mixed_adapter_batches_are_refused():
-    model = get_peft_model(tiny("bert", "SEQ_CLS"), lpt(task_type="SEQ_CLS")).eval()
-    with pytest.raises(ValueError, match="`adapter_names`.*set_adapter"):
-        model(**batch(), adapter_names=["default", "__base__", "default", "default", "default"])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,3 +125,16 @@ CU = torch.tensor([0, 2, 3], dtype=torch.int32)
 def test_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_select():
+    hidden, inputs = states(), batch()
+    packed = pack(hidden, inputs["attention_mask"], input_ids=inputs["input_ids"], layer=2)
+    for whole in (packed, replace(with_room(packed, 3), layer=2)):
+        some = whole.select(torch.tensor([3, 0, 3]))
+        assert some.lengths.tolist() == [1, 9, 1] and (some.room, some.layer) == (0, 2)
+        assert some.max_seqlen == 9 and some.cu_seqlens.tolist() == [0, 1, 10, 11]
+        assert torch.equal(some.padded()[1, :9], hidden[0])
+        assert torch.equal(some.padded()[[0, 2], 0], hidden[[3, 3], 0])
+        assert torch.equal(some.input_ids[1:10], inputs["input_ids"][0])
+    assert len(packed.select(torch.tensor([], dtype=torch.int64))) == 0
