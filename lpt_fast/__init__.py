@@ -25,6 +25,7 @@ _EXPORTS = {
     "LatePrompt": "method.late_prompt",
     "PackedBatch": "packing",
     "last_checkpoint": "train.cursor",
+    "predict_all": "cli.all_tasks",
     "shard_frozen": "train.fsdp",
 }
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "PackedBatch",
     "__version__",
     "last_checkpoint",
+    "predict_all",
     "shard_frozen",
 ]
 

@@ -43,7 +43,9 @@ class Paths:
         for f in fields(self):
             value = getattr(self, f.name)
             if f.metadata.get("path") and value:
-                setattr(self, f.name, os.path.expanduser(value))
+                several = isinstance(value, list)
+                home = os.path.expanduser
+                setattr(self, f.name, [home(v) for v in value] if several else home(value))
 
 
 @dataclass
@@ -304,7 +306,12 @@ class EvalArguments(DataArguments):
 class PredictArguments(Paths):
     """Settings of `lpt-fast predict`."""
 
-    adapter: str | None = path(None, "Folder that `lpt-fast train` wrote.", "Model")
+    adapter: list[str] | None = path(  # noqa: RUF009 (a field, as all are)
+        None,
+        "Folder that `lpt-fast train` wrote; several of one base model label each text for all of "
+        "their tasks.",
+        "Model",
+    )
     model: str | None = path(None, "Base model. Default: the one that the adapter names.", "Model")
     input_file: str = path(
         "-",
@@ -319,6 +326,11 @@ class PredictArguments(Paths):
     )
     output_file: str = path("-", "Where to write, or '-' for standard output.", "Output")
     output_format: str = option("tsv", "tsv or jsonl.", "Output")
+    activation_cache: str | None = path(
+        None,
+        "Cache of what the frozen layers give: read where it holds a text, filled where not.",
+        "Run",
+    )
     per_device_eval_batch_size: int | None = option(
         None, "Examples of a batch. Default: so many as have 4096 tokens.", "Run"
     )
@@ -326,6 +338,8 @@ class PredictArguments(Paths):
     use_cpu: bool = option(False, "Stay on the CPU where there is a GPU.", "Run")
 
     def __post_init__(self):
+        if isinstance(self.adapter, str):
+            self.adapter = [self.adapter]
         super().__post_init__()
         one_of("output_format", self.output_format, ("tsv", "jsonl"))
         _check_compute_dtype(self.compute_dtype)
@@ -364,7 +378,7 @@ def _check_compute_dtype(value: str | None) -> None:
         one_of("compute_dtype", value, COMPUTE_DTYPES)
 
 
-def _need_adapter(adapter: str | None) -> None:
+def _need_adapter(adapter: str | list[str] | None) -> None:
     if not adapter:
         raise ValueError("`--adapter` is missing: give the folder that `lpt-fast train` wrote.")
 

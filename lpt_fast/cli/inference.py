@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from ..cache.forward import batches_of
 from ..tasks import classification_metrics, encode_labels
 from ..tasks.messages import Origin
 from ..train.compute_dtype import ENOUGH, gain_of, parse
-from .arguments import ADAPTER_METHODS, EvalArguments, PredictArguments
+from .arguments import ADAPTER_METHODS, EvalArguments
 from .data import (
     RUN_FILE,
     Collator,
@@ -66,13 +67,7 @@ class Classifier:
         use_cpu: bool = False,
         compute_dtype: str | None = None,
     ):
-        run = Path(folder) / RUN_FILE
-        if not run.is_file():
-            raise ValueError(
-                f"{folder} holds no {RUN_FILE}; give the folder that `lpt-fast train --output_dir` "
-                "wrote."
-            )
-        self.formulation = Formulation.from_json(json.loads(run.read_text(encoding="utf-8")))
+        self.formulation = read_formulation(folder)
         self.batch_size = batch_size
         self.device = torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
         self.tokenizer = load_tokenizer(folder)
@@ -81,13 +76,6 @@ class Classifier:
         if max_length is not None:
             self.formulation.max_length = self._checked(max_length)
         self._words = self.formulation.word_ids(self.tokenizer) if self.formulation.cloze else None
-
-    @classmethod
-    def of(cls, args: EvalArguments | PredictArguments) -> Classifier:
-        """That of a command line."""
-        size = args.per_device_eval_batch_size
-        how = (args.model, args.max_length, size, args.use_cpu, args.compute_dtype)
-        return cls(args.adapter, *how)
 
     def _load(self, folder: str, base: str):
         form = self.formulation
@@ -110,19 +98,26 @@ class Classifier:
             model.config.pad_token_id = self.tokenizer.pad_token_id
         if not adapter:
             return model
-        try:
+        with _fitting(folder, base, form.model):
             return PeftModel.from_pretrained(model, folder)
-        except (RuntimeError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[-1].strip()
-            raise ValueError(
-                f"The adapter in {folder} does not fit the model {base} (it was trained on "
-                f"{form.model}): {reason}"
-            ) from None
+
+    def load_adapter(self, folder: str, formulation: Formulation, name: str) -> None:
+        """Loads another training's adapter beside the first, under a name of its own.
+
+        Raises:
+            ValueError: it does not fit the model.
+        """
+        with _fitting(folder, self.formulation.model, formulation.model):
+            self.model.load_adapter(folder, adapter_name=name)
+        self.model.eval().to(self.device)
+        if self._cast:
+            self.model.to(torch.bfloat16)
 
     def _choose_dtype(self, asked: torch.dtype | None) -> None:
         """Casts a model in fp32 to bf16 where that is asked for or faster, on a CPU. (Nobody else
         has it, and nothing of it is saved.)
         """
+        self._cast = False
         _, backbone, family = find_backbone(self._base)
         layer = get_layers(backbone, family)[0]
         own = next(layer.parameters()).dtype
@@ -137,6 +132,7 @@ class Classifier:
                 "compute_dtype='float32' keeps it in float32.",
                 gain,
             )
+        self._cast = True
         self.model.to(torch.bfloat16)
 
     def _checked(self, max_length: int) -> int:
@@ -196,13 +192,46 @@ class Classifier:
         """For each row its label, the label's probability and those of all labels; arguments as
         for `probabilities`.
         """
-        for p in self.probabilities(rows, progress, origin):
-            best = int(p.argmax())
-            yield {
-                "label": self.labels[best],
-                "probability": float(p[best]),
-                "probabilities": {name: float(v) for name, v in zip(self.labels, p, strict=True)},
-            }
+        yield from predictions(self.probabilities(rows, progress, origin), self.labels)
+
+
+def predictions(probabilities: np.ndarray, labels: list[str]) -> Iterator[dict]:
+    """For each row of [N, C] its label, the label's probability and those of all labels."""
+    for p in probabilities:
+        best = int(p.argmax())
+        yield {
+            "label": labels[best],
+            "probability": float(p[best]),
+            "probabilities": {name: float(v) for name, v in zip(labels, p, strict=True)},
+        }
+
+
+def read_formulation(folder: str) -> Formulation:
+    """How a training's texts became inputs.
+
+    Raises:
+        ValueError: the folder holds no training.
+    """
+    run = Path(folder) / RUN_FILE
+    if not run.is_file():
+        raise ValueError(
+            f"{folder} holds no {RUN_FILE}; give the folder that `lpt-fast train --output_dir` "
+            "wrote."
+        )
+    return Formulation.from_json(json.loads(run.read_text(encoding="utf-8")))
+
+
+@contextmanager
+def _fitting(folder: str, base: str, trained_on: str) -> Iterator[None]:
+    """Says which adapter does not fit which model."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(
+            f"The adapter in {folder} does not fit the model {base} (it was trained on "
+            f"{trained_on}): {reason}"
+        ) from None
 
 
 def evaluate(args: EvalArguments) -> dict[str, float]:
@@ -211,7 +240,9 @@ def evaluate(args: EvalArguments) -> dict[str, float]:
     Returns:
         accuracy, f1, mcc in [0, 1] (mcc in [-1, 1]), and `examples`.
     """
-    classifier = Classifier.of(args)
+    size = args.per_device_eval_batch_size
+    how = (args.model, args.max_length, size, args.use_cpu, args.compute_dtype)
+    classifier = Classifier(args.adapter, *how)
     form = classifier.formulation
     columns = (
         text_columns_of(form.task, args.text_column) if args.text_column else form.text_columns

@@ -12,10 +12,11 @@ from typing import TextIO
 
 from ..tasks.files import decoded
 from ..tasks.messages import Origin, sentence
+from .all_tasks import Classifiers
 from .arguments import PredictArguments
 from .data import read_rows, text_columns_of
 from .inference import Classifier
-from .outputs import check_file, whole_file
+from .outputs import check_file, check_folder, whole_file
 
 STDIN = "standard input"
 # What str.splitlines takes for the end of a line. (Those below the space JSON escapes itself.)
@@ -68,44 +69,76 @@ def predict(args: PredictArguments, stdin: TextIO, stdout: TextIO) -> None:
     """Labels every text. A file is written as a whole or not at all."""
     if args.output_file != "-":
         check_file(args.output_file, "--output_file")
-    classifier = Classifier.of(args)
-    texts, origin = read_texts(args, stdin, classifier.formulation)
-    taken = {*_header({}, classifier.labels), "probabilities"} & set(texts)
-    if taken:
+    if args.activation_cache is not None:
+        check_folder(args.activation_cache, "--activation_cache")
+    size = args.per_device_eval_batch_size
+    how = (args.model, args.max_length, size, args.use_cpu, args.compute_dtype)
+    single = len(args.adapter) == 1
+    alone = single and args.activation_cache is None
+    if alone:
+        classifier = Classifier(args.adapter[0], *how)
+        formulation = classifier.formulation
+    else:
+        classifier = Classifiers(args.adapter, *how, args.activation_cache)
+        formulation = classifier.formulation_of_all(bool(args.text_column))
+    texts, origin = read_texts(args, stdin, formulation)
+    labels = formulation.labels if single else classifier.names
+    taken = {*_header({}, labels, single), *(["probabilities"] if single else ["tasks"])}
+    if taken & set(texts):
         raise ValueError(
             sentence(
                 origin.source,
-                f"the text column {taken.pop()!r}",
+                f"the text column {(taken & set(texts)).pop()!r}",
                 "another name, for the output has a column of that name",
                 "rename it and give --text_column",
             )
         )
-    predictions = list(classifier.predict(texts, args.output_file != "-", origin))
+    found = classifier.predict(texts, args.output_file != "-", origin)
+    if not alone:
+        by_row = zip(*found.values(), strict=True)
+        found = (row[0] if single else dict(zip(labels, row, strict=True)) for row in by_row)
+    predictions = list(found)
+    write = (stdout, args.output_format, texts, labels, predictions, single)
     if args.output_file == "-":
         if hasattr(stdout, "reconfigure"):  # Whatever the terminal's language.
             stdout.reconfigure(encoding="utf-8", newline="\n")
-        _write(stdout, args.output_format, texts, classifier.labels, predictions)
+        _write(*write)
         return
     with whole_file(args.output_file) as out:
-        _write(out, args.output_format, texts, classifier.labels, predictions)
+        _write(out, *write[1:])
 
 
-def _header(texts: dict, labels: list[str]) -> list[str]:
-    return [*texts, "label", "probability", *(f"p({name})" for name in labels)]
+def _header(texts: dict, labels: list[str], single: bool = True) -> list[str]:
+    """Columns of a tsv file; `labels` of the one task, or the names of several."""
+    if single:
+        return [*texts, "label", "probability", *(f"p({name})" for name in labels)]
+    return [*texts, *labels, *(f"p({name})" for name in labels)]
 
 
 def _line(cells: list[str]) -> str:
     return "\t".join(cell.translate(_CELL) for cell in cells) + "\n"
 
 
-def _write(out: TextIO, kind: str, texts: dict, labels: list[str], predictions: list[dict]) -> None:
+def _write(
+    out: TextIO,
+    kind: str,
+    texts: dict,
+    labels: list[str],
+    predictions: list[dict],
+    single: bool = True,
+) -> None:
     rows = zip(*texts.values(), strict=True)
     if kind == "tsv":
-        out.write(_line(_header(texts, labels)))
+        out.write(_line(_header(texts, labels, single)))
     for row, p in zip(rows, predictions, strict=True):
         if kind == "jsonl":
-            line = json.dumps({**dict(zip(texts, row, strict=True)), **p}, ensure_ascii=False)
+            found = p if single else {"tasks": p}
+            line = json.dumps({**dict(zip(texts, row, strict=True)), **found}, ensure_ascii=False)
             out.write(line.translate(_WIDE) + "\n")
             continue
-        numbers = [f"{p['probabilities'][name]:.4f}" for name in labels]
-        out.write(_line([*row, p["label"], f"{p['probability']:.4f}", *numbers]))
+        if single:
+            cells = [p["label"], p["probability"], *(p["probabilities"][name] for name in labels)]
+        else:
+            cells = [*(p[name]["label"] for name in labels)]
+            cells += [p[name]["probability"] for name in labels]
+        out.write(_line([*row, *(c if isinstance(c, str) else f"{c:.4f}" for c in cells)]))

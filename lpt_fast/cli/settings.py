@@ -26,6 +26,9 @@ def _convert(source: str, name: str, value: Any, hint: Any) -> Any:
     if value is None and optional:
         return None
     kind = kinds[0]
+    if typing.get_origin(kind) is list:
+        values = value if isinstance(value, list) else [value]
+        return [_convert(source, name, v, typing.get_args(kind)[0]) for v in values]
     if kind is bool and isinstance(value, bool):
         return value
     if kind is str and isinstance(value, str | int | float) and not isinstance(value, bool):
