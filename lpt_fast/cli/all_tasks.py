@@ -27,7 +27,7 @@ from .inference import Classifier, predictions, read_formulation
 logger = logging.getLogger(__name__)
 
 # Tokens of a batch, padding counted: of its texts, and of all tasks' copies of them.
-TOKENS, ROWS = 4096, 16384
+TOKENS, ROWS = 4096, 8192
 
 
 class Classifiers:

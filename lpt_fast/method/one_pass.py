@@ -175,8 +175,10 @@ class _Pass:
         if key not in self._rows:
             self._rows[key] = self._text_rows(self._layer[group.name], group.texts, m)
             return self._rows[key]
-        rows = self._rows[key]  # the same texts for another adapter
-        return Rows(rows.buffer.clone(), rows.plan, rows.cu_seqlens, rows.shape, rows.padded_form)
+        rows = self._rows[key]  # the same texts for another adapter, whose prompts take the place
+        return Rows(
+            rows.buffer.detach().clone(), rows.plan, rows.cu_seqlens, rows.shape, rows.padded_form
+        )
 
     def _text_rows(self, k: int, texts: Tensor | None, m: int) -> Rows:
         hidden, row = self.states[k]
