@@ -159,6 +159,16 @@ class Classifiers:
         """Of tasks that read the texts alike."""
         form = self.formulations[tasks[0]]
         examples = form.encode(self.tokenizer, rows, labels=None, origin=origin)
+        return self.of_examples(tasks, examples, bar)
+
+    @torch.inference_mode()
+    def of_examples(
+        self, tasks: list[int], examples: list[dict], bar: tqdm | None = None
+    ) -> dict[str, np.ndarray]:
+        """Class probabilities of texts that are tokenised already, as `Formulation.encode` gives
+        them, for some of the tasks.
+        """
+        form = self.formulations[tasks[0]]
         found = [np.zeros((len(examples), len(self.formulations[i].labels)), "f4") for i in tasks]
         lengths = np.array([len(example["input_ids"]) for example in examples], dtype=np.int64)
         order = np.argsort(-lengths, kind="stable")
@@ -193,7 +203,8 @@ class Classifiers:
                 if form.cloze:
                     logits = logits[:, 0, self.words[i]]
                 values[index] = logits.float().softmax(-1).cpu().numpy()
-            bar.update(len(index) * len(tasks))
+            if bar is not None:
+                bar.update(len(index) * len(tasks))
         return {self.names[i]: values for i, values in zip(tasks, found, strict=True)}
 
     def predict(
