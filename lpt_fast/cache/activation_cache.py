@@ -292,6 +292,12 @@ class ActivationCache(Filling):
         check_free_rows(room)
         return self._reader.batches((self._numbers(rows) for rows in order), room, dtype, prefetch)
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether batches for the CPU come out of memory: a tenth of a millisecond each."""
+        self._opened()
+        return self._reader.device.type == "cpu" and self._reader.plan.tier != "disk"
+
     def reading_aside(self) -> Callable[..., Callable[[], PackedBatch]]:
         """For a thread that reads ahead: a function `ask(rows, room=, dtype=)` that reads as `read`
         does, on a GPU beside its work. What it returns is called in the thread that uses the batch

@@ -109,7 +109,8 @@ class PendingBatch:
 class ReadAhead:
     """Reads batches on one thread, in the order in which they are asked for.
 
-    The thread lives while `running` is entered; outside, batches are read where they are asked for.
+    The thread lives while `running` is entered; outside, and where they come out of memory, batches
+    are read where they are asked for.
     """
 
     def __init__(self):
@@ -137,6 +138,8 @@ class ReadAhead:
 
     def read(self, cache: ActivationCache, rows: np.ndarray, **how) -> PackedBatch | PendingBatch:
         """Rows of a cache; `how` as for `ActivationCache.read`."""
+        if cache.in_memory:  # to wake a thread takes ten times as long as to read
+            return cache.read(rows, **how)
         with self._lock:
             if self._depth == 0:
                 return cache.read(rows, **how)

@@ -29,7 +29,24 @@ class QuickSteps:
 
     def _inner_training_loop(self, *args, **kwargs):
         self._operations = self._watch = None
-        return super()._inner_training_loop(*args, **kwargs)
+        model, own = self.model, self.model.zero_grad
+        cleared = False  # whole, once: before the first step
+
+        def zero_grad(set_to_none: bool = True) -> None:
+            nonlocal cleared
+            if not (cleared and set_to_none and self._has_all(model)):
+                cleared = True
+                own(set_to_none)
+                return
+            for group in self.optimizer.param_groups:
+                for p in group["params"]:
+                    p.grad = None
+
+        model.__dict__["zero_grad"] = zero_grad
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            model.__dict__.pop("zero_grad", None)
 
     def training_step(self, *args, **kwargs):
         """As Trainer's."""
@@ -63,9 +80,13 @@ class QuickSteps:
         return self._operations * inputs[name].numel() if name in inputs else 0
 
     def _clip_grad_norm(self, model):
-        used = getattr(self.optimizer, "optimizer", self.optimizer)  # (Accelerate wraps it)
-        made = used is not None and used is self._made
-        if not made or self.args.world_size > 1 or model is not self.model:
+        if not self._has_all(model):
             return super()._clip_grad_norm(model)
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         return self.accelerator.clip_grad_norm_(trained, self.args.max_grad_norm)
+
+    def _has_all(self, model) -> bool:
+        """Whether the optimiser in use has all that trains of the model, unwrapped."""
+        used = getattr(self.optimizer, "optimizer", self.optimizer)  # (Accelerate wraps it)
+        made = used is not None and used is self._made
+        return made and self.args.world_size == 1 and model is self.model

@@ -23,6 +23,11 @@ def readers() -> list[str]:
     return [t.name for t in threading.enumerate() if "lpt-fast" in t.name]
 
 
+def on_disk(model, folder) -> ActivationCache:
+    """(From memory a batch is read in less time than a thread takes to wake.)"""
+    return ActivationCache.open(folder, model, store="fp32", tier="disk")
+
+
 class Slow:
     """Notes when rows are read, by which thread; each read takes a moment."""
 
@@ -63,7 +68,8 @@ def test_batches_are_read_while_a_step_runs(tmp_path, monkeypatch):
             assert slow.events.count("end") == wanted
             assert len(readers()) == 1
 
-    trainer = cached(model, tmp_path, tmp_path / "cache", callbacks=[Note()], num_train_epochs=2)
+    cache = on_disk(model, tmp_path / "cache")
+    trainer = cached(model, tmp_path, cache, callbacks=[Note()], num_train_epochs=2)
     trainer.train()
     assert slow.events.count("begin") == slow.events.count("step") == 8
     assert len(slow.names) == 1 and "lpt-fast cache reader" in next(iter(slow.names))
@@ -86,7 +92,8 @@ def test_the_thread_ends_with_the_loop(tmp_path, end):
     callbacks = {"stop": Stop(2), "error": Fail(), "evaluation": During(), "whole": Stop(99)}
     more = {"eval_dataset": rows(9), "callbacks": [callbacks[end]]}
     more["eval_strategy"] = "epoch" if end == "evaluation" else "no"
-    trainer = cached(model_of(), tmp_path, tmp_path / "cache", **more)
+    model = model_of()
+    trainer = cached(model, tmp_path, on_disk(model, tmp_path / "cache"), **more)
     if end == "error":
         with pytest.raises(RuntimeError, match="somebody's own"):
             trainer.train()
@@ -104,7 +111,7 @@ def test_the_thread_ends_with_the_loop(tmp_path, end):
 @pytest.mark.slow
 def test_what_goes_wrong_on_the_thread_is_raised_as_itself(tmp_path):
     model = model_of()
-    cache = ActivationCache.open(tmp_path / "cache", model, store="fp32", tier="page")
+    cache = on_disk(model, tmp_path / "cache")
     cache.ensure(model, rows())
     flip(tmp_path / "cache", cache, 7)
     trainer = cached(model, tmp_path, cache, num_train_epochs=1)
@@ -115,7 +122,7 @@ def test_what_goes_wrong_on_the_thread_is_raised_as_itself(tmp_path):
 
 def test_pending_batches(tmp_path):
     model = model_of()
-    cache = ActivationCache.open(tmp_path / "cache", model, store="fp32")
+    cache = on_disk(model, tmp_path / "cache")
     numbers = cache.ensure(model, rows())
     ahead = ReadAhead()
     at_once = ahead.read(cache, numbers[:3], room=2)
@@ -131,6 +138,10 @@ def test_pending_batches(tmp_path):
         # It is moved where accelerate wanted it.
         moved = ahead.read(cache, numbers[:3]).to("meta").result()
         assert moved.hidden.device.type == "meta"
+        for tier in ("pinned", "page"):
+            held = ActivationCache.open(tmp_path / "cache", model, store="fp32", tier=tier)
+            batch = ahead.read(held, numbers[:3], room=2)
+            assert isinstance(batch, PackedBatch) and torch.equal(batch.text(), at_once.text())
     assert not readers()
 
 

@@ -43,7 +43,7 @@ def test_norms_and_operations_are_trainers(norm, tmp_path):
 
 def test_an_optimiser_of_ones_own_has_not_all_that_trains(tmp_path):
     """Trainer's norm is then that of all gradients."""
-    norms = []
+    norms, grads = [], []
     for make in (stock, on_text):
         model, logs = model_of(), Logs()
         some = list(find_late_prompt(model).lpt_generator.parameters())
@@ -52,7 +52,13 @@ def test_an_optimiser_of_ones_own_has_not_all_that_trains(tmp_path):
         trainer.optimizer = torch.optim.SGD(some, lr=0.01)
         trainer.train()
         norms.append(logs.norms)
+        grads.append([p.grad is not None for p in trained_parameters(model)])
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    assert grads[0] == grads[1]  # (of none are they left standing, to be added to)
+
+
+def trained_parameters(model):
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 class Meddling(TrainerCallback):
@@ -93,7 +99,7 @@ def test_modes_are_what_trainer_sets(tmp_path):
 def test_the_walks_are_spared(tmp_path, tokenizer, monkeypatch):
     """Modes are set once and parameters counted once a training; no tokenizer pads."""
     model = model_of()
-    calls = {"train": 0, "num_parameters": 0, "pad": 0}
+    calls = {"train": 0, "num_parameters": 0, "pad": 0, "zero_grad": 0}
 
     def counted(owner, name):
         own = getattr(owner, name)
@@ -107,12 +113,15 @@ def test_the_walks_are_spared(tmp_path, tokenizer, monkeypatch):
     counted(type(find_late_prompt(model).backbone.encoder), "train")
     counted(type(model.base_model.model), "num_parameters")
     counted(type(tokenizer), "pad")
+    counted(type(model), "zero_grad")
     trainer = on_text(model, tmp_path, max_steps=6)
     trainer.data_collator = DataCollatorWithPadding(tokenizer)
     trainer.activation_cache = str(tmp_path / "cache")
     trainer.train()
     # (By hand: when the cache is held, by this class and by Trainer in the first step.)
     assert calls["train"] <= 4 and calls["num_parameters"] == 1 and calls["pad"] == 0, calls
+    assert calls["zero_grad"] == 1 and all(p.grad is None for p in model.parameters())
+    assert "zero_grad" not in model.__dict__
 
 
 def test_an_error_in_a_step_leaves_the_model_whole(tmp_path):
