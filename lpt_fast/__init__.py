@@ -24,6 +24,7 @@ _EXPORTS = {
     "LPTTrainer": "train.trainer",
     "LatePrompt": "method.late_prompt",
     "PackedBatch": "packing",
+    "Sweep": "cli.sweep",
     "last_checkpoint": "train.cursor",
     "shard_frozen": "train.fsdp",
 }
@@ -34,6 +35,7 @@ __all__ = [
     "LPTTrainer",
     "LatePrompt",
     "PackedBatch",
+    "Sweep",
     "__version__",
     "last_checkpoint",
     "shard_frozen",
