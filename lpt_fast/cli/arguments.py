@@ -269,8 +269,8 @@ class TrainArguments(DataArguments):
                 "`--few_shot` draws its own training and validation rows from the training data; "
                 "leave out --validation_file and --max_train_samples."
             )
-        _check_counts(self, "max_length", "max_train_samples", "max_eval_samples")
-        _check_counts(self, "few_shot", "eval_steps")
+        check_counts(self, "max_length", "max_train_samples", "max_eval_samples")
+        check_counts(self, "few_shot", "eval_steps")
 
 
 @dataclass
@@ -296,7 +296,7 @@ class EvalArguments(DataArguments):
     def __post_init__(self):
         super().__post_init__()
         _check_compute_dtype(self.compute_dtype)
-        _check_counts(self, "per_device_eval_batch_size", "max_length", "max_eval_samples")
+        check_counts(self, "per_device_eval_batch_size", "max_length", "max_eval_samples")
         _need_adapter(self.adapter)
         if not (self.test_file or self.dataset):
             raise ValueError("There is nothing to evaluate on: give --test_file or --dataset.")
@@ -343,7 +343,7 @@ class PredictArguments(Paths):
         super().__post_init__()
         one_of("output_format", self.output_format, ("tsv", "jsonl"))
         _check_compute_dtype(self.compute_dtype)
-        _check_counts(self, "per_device_eval_batch_size", "max_length")
+        check_counts(self, "per_device_eval_batch_size", "max_length")
         _need_adapter(self.adapter)
 
 
@@ -366,7 +366,8 @@ class ExportArguments(Paths):
         _need_adapter(self.adapter)
 
 
-def _check_counts(args: Any, *names: str) -> None:
+def check_counts(args: Any, *names: str) -> None:
+    """Raises ValueError where a setting that counts something is below 1."""
     for name in names:
         value = getattr(args, name)
         if value is not None and value < 1:

@@ -1,4 +1,5 @@
-"""The command line: lpt-fast demo | precompute | train | eval | predict | export | cache | env.
+"""The command line: lpt-fast demo | precompute | train | sweep | eval | predict | export | cache |
+env.
 Heavy imports wait until a command runs.
 """
 
@@ -22,6 +23,7 @@ from .cache import cache_app
 from .console import clean_errors, metrics_table, percent, table
 from .precompute_arguments import PrecomputeArguments
 from .settings import default_of, merge
+from .sweep_arguments import SweepArguments
 
 app = typer.Typer(
     add_completion=False,
@@ -118,6 +120,16 @@ def train(args: TrainArguments) -> None:
         f"({percent(share)} of the model)"
     )
     typer.echo(f"Saved to {args.output_dir}. Next: lpt-fast predict --adapter {args.output_dir}")
+
+
+@_command(SweepArguments)
+def sweep(args: SweepArguments) -> None:
+    """Search layer, generator, rates and more over seeds, on one loaded model and one cache."""
+    from .sweep import sweep as run
+
+    _quiet()
+    for line in ["", *run(args).lines]:
+        typer.echo(line)
 
 
 @_command(EvalArguments)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from torch import nn
@@ -28,8 +30,33 @@ PROMPT_TUNING_TOKENS = 20
 _LORA_TARGETS = {"mpnet": ["q", "v"], "modernbert": ["Wqkv"], "phi3": ["qkv_proj"]}
 
 
+@dataclass
+class Base:
+    """A model without an adapter.
+
+    Attributes:
+        model: backbone and head.
+        task_type: PEFT's, or None.
+        formulation: of the task.
+        fresh: names of the weights that its files lack, which are drawn at random.
+    """
+
+    model: nn.Module
+    task_type: TaskType | None
+    formulation: Formulation
+    fresh: set[str]
+
+
 def build_model(args: TrainArguments, data: Data, tokenizer) -> tuple[nn.Module, Formulation]:
-    """The model with what `--method` trains, and the formulation of the task.
+    """The model with what `--method` trains, and the formulation of the task; raises as
+    `load_base`.
+    """
+    base = load_base(args, data, tokenizer)
+    return adapt(base.model, args, base.task_type), base.formulation
+
+
+def load_base(args: TrainArguments, data: Data, tokenizer) -> Base:
+    """The model as it is before there is an adapter.
 
     Raises:
         ValueError: for a model that cannot be found, or whose family Late Prompt Tuning does not
@@ -89,7 +116,8 @@ def build_model(args: TrainArguments, data: Data, tokenizer) -> tuple[nn.Module,
         method=args.method,
         dtype=args.torch_dtype,
     )
-    return _adapt(model, args, task_type), formulation
+    fresh = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
+    return Base(model, task_type, formulation, fresh)
 
 
 def lora_targets(names: str | None) -> str | list[str] | None:
@@ -99,7 +127,8 @@ def lora_targets(names: str | None) -> str | list[str] | None:
     return [name.strip() for name in names.split(",")]
 
 
-def _adapt(model: nn.Module, args: TrainArguments, task_type) -> nn.Module:
+def adapt(model: nn.Module, args: TrainArguments, task_type) -> nn.Module:
+    """The model with what `--method` trains."""
     if args.method == "lpt":
         config = LPTConfig(
             task_type=task_type,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import (
     Trainer,
     TrainingArguments,
@@ -14,6 +15,7 @@ from transformers import (
 )
 from transformers.integrations import get_available_reporting_integrations
 
+from ..cache import ActivationCache
 from ..tasks import (
     TaskSpec,
     classification_metrics,
@@ -151,26 +153,7 @@ def train(args: TrainArguments) -> dict:
         return formulation.encode(tokenizer, split.texts, split.labels, split.origin)
 
     train_set, validation, test = (examples(s) for s in (data.train, data.validation, data.test))
-    metrics = Metrics(formulation, tokenizer)
-    trainer_class, more = CountedTrainer, {}
-    if args.method == "lpt":
-        # (Smoothed losses are Trainer's own, over the logits of every token.)
-        one_token = formulation.cloze and args.label_smoothing_factor == 0
-        trainer_class = LPTTrainer
-        more = {"activation_cache": args.activation_cache, "upper": args.upper}
-        more |= {"readout_only": one_token, "compute_dtype": args.compute_dtype}
-        more["lora_learning_rate"] = _lora_rate(args)
-    trainer = trainer_class(
-        model=model,
-        args=training_arguments(args, validation is not None, data.task),
-        data_collator=Collator(tokenizer),
-        train_dataset=train_set,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-        compute_metrics=metrics.compute,
-        preprocess_logits_for_metrics=metrics.preprocess_logits,
-        **more,
-    )
+    trainer = build_trainer(args, model, formulation, tokenizer, train_set, validation)
     trainer.facts = _facts(formulation)
     clock = Clock()
     trainer.add_callback(clock)
@@ -212,6 +195,47 @@ def train(args: TrainArguments) -> dict:
         for name, content in ((RUN_FILE, formulation.to_json()), (RESULTS, results)):
             (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
     return results
+
+
+def build_trainer(
+    args: TrainArguments,
+    model: nn.Module,
+    formulation: Formulation,
+    tokenizer,
+    train_set: list[dict],
+    validation: list[dict] | None,
+    cache: ActivationCache | None = None,
+) -> Trainer:
+    """The Trainer of a method, with its data and metrics.
+
+    Args:
+        args: of the command.
+        model, formulation: as `build_model` gives them.
+        tokenizer: of the base model.
+        train_set, validation: encoded examples.
+        cache: an open one instead of the folder `args.activation_cache`.
+    """
+    metrics = Metrics(formulation, tokenizer)
+    trainer_class, more = CountedTrainer, {}
+    if args.method == "lpt":
+        # (Smoothed losses are Trainer's own, over the logits of every token.)
+        one_token = formulation.cloze and args.label_smoothing_factor == 0
+        trainer_class = LPTTrainer
+        cache = args.activation_cache if cache is None else cache
+        more = {"activation_cache": cache, "upper": args.upper}
+        more |= {"readout_only": one_token, "compute_dtype": args.compute_dtype}
+        more["lora_learning_rate"] = _lora_rate(args)
+    return trainer_class(
+        model=model,
+        args=training_arguments(args, validation is not None, formulation.task),
+        data_collator=Collator(tokenizer),
+        train_dataset=train_set,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        compute_metrics=metrics.compute,
+        preprocess_logits_for_metrics=metrics.preprocess_logits,
+        **more,
+    )
 
 
 def _lora_rate(args: TrainArguments) -> float | None:

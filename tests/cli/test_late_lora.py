@@ -9,7 +9,7 @@ import torch
 
 from lpt_fast.cli.arguments import TrainArguments
 from lpt_fast.cli.inference import Classifier
-from lpt_fast.cli.model import _adapt
+from lpt_fast.cli.model import adapt
 from tests.cli.cases import invoke, refused
 from tests.cli.test_cli import run_train
 from tests.cli.test_cli_activation_cache import results_of, same_numbers
@@ -90,7 +90,7 @@ def test_lora_of_every_family(family):
     """Queries and values, also where PEFT has no default for the architecture."""
     model = tiny(family, "SEQ_CLS")
     args = TrainArguments(model="-", task="subj", train_file="-", method="lora")
-    adapted = _adapt(model, args, "SEQ_CLS")
+    adapted = adapt(model, args, "SEQ_CLS")
     ends = {name.rpartition(".")[2] for name in adapted.targeted_module_names}
     whole = {"in_proj", "c_attn", "Wqkv", "qkv_proj"}  # queries, keys and values in one
     parts = {"query", "value"}, {"query_proj", "value_proj"}, {"q_proj", "v_proj"}, {"q", "v"}
