@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
@@ -34,7 +35,7 @@ from .sweep_arguments import SweepArguments
 from .sweep_space import Axis, Space
 from .sweep_study import SweepTrial
 from .task_data import Data, Split, read_data
-from .train import build_trainer
+from .train import build_trainer, rates_of
 
 Report = Callable[[SweepTrial, int, float], bool]
 
@@ -218,22 +219,41 @@ class Shared:
 
 
 class _Watch(TrainerCallback):
-    """Tells of each evaluation, and stops a training that is pruned."""
+    """Tells of each evaluation of each training, and stops those that are pruned.
 
-    def __init__(self, outcome: Outcome, report: Callable[[int, float], bool]):
-        self.outcome, self.report = outcome, report
+    Args:
+        parts: what each training gives, by the name of its accuracy.
+        drop: stops the training of a name.
+    """
+
+    def __init__(
+        self,
+        parts: dict[str, tuple[SweepTrial, Outcome]],
+        report: Report,
+        drop: Callable[[str], None] | None,
+    ):
+        self.parts, self.report, self.drop = dict(parts), report, drop
 
     def on_evaluate(self, args, state, control, metrics=None, **more):
-        self.outcome.curve.append(metrics["eval_accuracy"])
-        if self.report(len(self.outcome.curve), metrics["eval_accuracy"]):
-            self.outcome.pruned = control.should_training_stop = True
+        for name, (trial, outcome) in list(self.parts.items()):
+            accuracy = metrics[f"eval_{name}accuracy"]
+            outcome.curve.append(accuracy)
+            if not self.report(trial, len(outcome.curve), accuracy):
+                continue
+            outcome.pruned = True
+            del self.parts[name]
+            if self.drop is not None:
+                self.drop(name.removesuffix("_"))
+            if not self.parts:
+                control.should_training_stop = True
 
 
 def run_group(
     group: list[SweepTrial], shared: Shared, report: Report
 ) -> Iterator[tuple[SweepTrial, Outcome]]:
-    """Trains trials of one insertion layer and seed, one after another, each exactly as
-    `lpt-fast train` would.
+    """Trains trials of one insertion layer and seed in the same steps, each as `lpt-fast train`
+    would: the same start, order of the data and learning rates; dropout draws other numbers. A
+    single one is trained exactly so.
 
     Args:
         group: the trials.
@@ -242,30 +262,57 @@ def run_group(
             stop that training.
 
     Yields:
-        each trial with what it gave, when it is done.
+        each trial with what it gave, when it is done. Seconds are its part of the group's.
     """
-    for trial in group:
-        arguments, outcome = shared.arguments(trial), Outcome()
-        base = shared.fresh_model(trial.seed)
-        model = adapt(base, arguments, shared.base.task_type)
-        train_set, validation = shared.examples(trial.seed)
-        trainer = build_trainer(
-            arguments,
-            model,
-            shared.base.formulation,
-            shared.tokenizer,
-            train_set,
-            validation,
-            shared.caches[trial.layer],
-        )
-        trainer.args.disable_tqdm = True
-        for shown in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
-            trainer.remove_callback(shown)
-        clock = Clock()
-        trainer.add_callback(clock)  # before what reports, whose seconds are no training
-        trainer.add_callback(_Watch(outcome, lambda step, got, t=trial: report(t, step, got)))
-        clock.start()
-        trainer.train()
-        outcome.seconds = clock.seconds
-        outcome.parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    args = shared.args
+    # (Smoothed losses are the Trainer's, and what drops out above k runs for each by itself.)
+    apart = args.label_smoothing_factor != 0 or args.upper_dropout or args.upper == "padded"
+    for trials in [[trial] for trial in group] if apart else [group]:
+        yield from _train(trials, shared, report)
+
+
+def _train(trials, shared: Shared, report: Report) -> Iterator[tuple[SweepTrial, Outcome]]:
+    several = len(trials) > 1
+    names = [f"trial{i}" for i in range(len(trials))]
+    arguments = [shared.arguments(trial) for trial in trials]
+    seed = trials[0].seed
+    model = adapt(shared.fresh_model(seed), arguments[0], shared.base.task_type)
+    if several:
+        # Each starts as it would alone, where it is the first to draw from the seed.
+        for name, own in zip(names, arguments, strict=True):
+            single = adapt(shared.fresh_model(seed), own, shared.base.task_type)
+            model.add_adapter(name, copy.deepcopy(single.peft_config["default"]))
+            state = get_peft_model_state_dict(single, adapter_name="default")
+            set_peft_model_state_dict(model, state, adapter_name=name)
+        model.set_adapter(names[0])
+        model.delete_adapter("default")
+        set_seed(seed)
+    train_set, validation = shared.examples(seed)
+    adapters = dict(zip(names, map(rates_of, arguments), strict=True)) if several else None
+    trainer = build_trainer(
+        arguments[0],
+        model,
+        shared.base.formulation,
+        shared.tokenizer,
+        train_set,
+        validation,
+        shared.caches[trials[0].layer],
+        adapters,
+    )
+    trainer.args.disable_tqdm = True
+    for shown in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
+        trainer.remove_callback(shown)
+    outcomes = [Outcome() for _ in trials]
+    for name, outcome in zip(names, outcomes, strict=True):
+        own = trainer.parts[name] if several else model
+        outcome.parameters = sum(p.numel() for p in own.parameters() if p.requires_grad)
+    keys = [f"{name}_" for name in names] if several else [""]
+    parts = dict(zip(keys, zip(trials, outcomes, strict=True), strict=True))
+    clock = Clock()
+    trainer.add_callback(clock)  # before what reports, whose seconds are no training
+    trainer.add_callback(_Watch(parts, report, trainer.drop if several else None))
+    clock.start()
+    trainer.train()
+    for trial, outcome in zip(trials, outcomes, strict=True):
+        outcome.seconds = clock.seconds / len(trials)
         yield trial, outcome

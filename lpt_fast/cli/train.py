@@ -23,6 +23,7 @@ from ..tasks import (
 from ..train.cursor import last_checkpoint
 from ..train.disk_room import saving_to
 from ..train.exact_resume import CountedTraining
+from ..train.many import ManyTrainer
 from ..train.trainer import LPTTrainer
 from .arguments import ADAPTER_METHODS, TrainArguments
 from .clock import Clock
@@ -50,7 +51,7 @@ def training_arguments(
     args: TrainArguments, has_validation: bool, task: TaskSpec | None
 ) -> TrainingArguments:
     """Trainer's arguments from the command line's."""
-    rate = args.learning_rate if args.learning_rate is not None else LEARNING_RATES[args.method]
+    rate = rates_of(args)["learning_rate"]
     evaluation = "epoch" if args.eval_steps is None else "steps"
     evaluation = evaluation if has_validation else "no"
     save = args.save_strategy
@@ -205,6 +206,7 @@ def build_trainer(
     train_set: list[dict],
     validation: list[dict] | None,
     cache: ActivationCache | None = None,
+    adapters: dict[str, dict[str, float | None]] | None = None,
 ) -> Trainer:
     """The Trainer of a method, with its data and metrics.
 
@@ -214,6 +216,7 @@ def build_trainer(
         tokenizer: of the base model.
         train_set, validation: encoded examples.
         cache: an open one instead of the folder `args.activation_cache`.
+        adapters: those of the model that train together, as ManyTrainer takes them.
     """
     metrics = Metrics(formulation, tokenizer)
     trainer_class, more = CountedTrainer, {}
@@ -224,7 +227,10 @@ def build_trainer(
         cache = args.activation_cache if cache is None else cache
         more = {"activation_cache": cache, "upper": args.upper}
         more |= {"readout_only": one_token, "compute_dtype": args.compute_dtype}
-        more["lora_learning_rate"] = _lora_rate(args)
+        if adapters is None:
+            more["lora_learning_rate"] = rates_of(args)["lora_learning_rate"]
+        else:
+            trainer_class, more["adapters"] = ManyTrainer, adapters
     return trainer_class(
         model=model,
         args=training_arguments(args, validation is not None, formulation.task),
@@ -238,11 +244,13 @@ def build_trainer(
     )
 
 
-def _lora_rate(args: TrainArguments) -> float | None:
-    """Late LoRA's own, where no rate is given at all."""
-    if args.lora_learning_rate is None and args.learning_rate is None and args.lora_r is not None:
-        return LEARNING_RATES["late_lora"]
-    return args.lora_learning_rate
+def rates_of(args: TrainArguments) -> dict[str, float | None]:
+    """The learning rates of a training; late LoRA's own, where no rate is given at all."""
+    rate, lora = args.learning_rate, args.lora_learning_rate
+    if lora is None and rate is None and args.lora_r is not None:
+        lora = LEARNING_RATES["late_lora"]
+    rate = LEARNING_RATES[args.method] if rate is None else rate
+    return {"learning_rate": rate, "lora_learning_rate": lora}
 
 
 def _clear_other_kind(folder: Path, method: str) -> None:

@@ -34,8 +34,9 @@ class ManyTrainer(LPTTrainer):
         )
         trainer.train()
 
-    `loss` and `eval_loss` are sums over the adapters; metrics have the adapter's name:
-    `eval_a_accuracy`.
+    `parts` are the modules that train, by the name of their adapter. `loss` and `eval_loss` are
+    sums over the adapters; metrics have the adapter's name, `eval_a_accuracy`, and without one
+    they are means.
 
     Args:
         model, args, more, named: as of LPTTrainer.
@@ -51,7 +52,7 @@ class ManyTrainer(LPTTrainer):
         self.adapters = {name: dict(rates) for name, rates in adapters.items()}
         _check(model, self.adapters)
         late = _prepared(model, list(self.adapters))
-        self._parts = {name: _parts_of(late, name) for name in self.adapters}
+        self.parts = {name: _parts_of(late, name) for name in self.adapters}
         super().__init__(model, args, *more, **named)
         self._check_alone()
         if self.compute_metrics is not None:
@@ -88,8 +89,8 @@ class ManyTrainer(LPTTrainer):
     def drop(self, name: str) -> None:
         """Ends the training of one adapter; the others go on. The last one ends the training."""
         self.adapters.pop(name)
-        self._parts[name].requires_grad_(False)
-        for p in self._parts.pop(name).parameters():
+        self.parts[name].requires_grad_(False)
+        for p in self.parts.pop(name).parameters():
             p.grad = None
         if not self.adapters:
             self.control.should_training_stop = True
@@ -116,7 +117,7 @@ class ManyTrainer(LPTTrainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         if fresh:
             for name, rates in self.adapters.items():
-                parts = self._parts[name]
+                parts = self.parts[name]
                 give_rate(optimizer, parts, rates.get("learning_rate", self.args.learning_rate))
                 if rates.get("lora_learning_rate") is not None:
                     give_rate(optimizer, parts["lora"], rates["lora_learning_rate"])
@@ -126,19 +127,20 @@ class ManyTrainer(LPTTrainer):
         """Each adapter's gradient is clipped by itself; gives the largest norm."""
         norms = [
             self.accelerator.clip_grad_norm_(list(parts.parameters()), self.args.max_grad_norm)
-            for parts in self._parts.values()
+            for parts in self.parts.values()
         ]
         return torch.stack(norms).max()
 
     # -- evaluation --------------------------------------------------------------------------------
 
     def _metrics_of_all(self, prediction: EvalPrediction) -> dict[str, float]:
-        found = {}
+        found, every = {}, []
         for name, logits in zip(self.adapters, prediction.predictions, strict=True):
             own = EvalPrediction(predictions=logits, label_ids=prediction.label_ids)
-            metrics = self._metrics_of_one(own)
-            found |= {f"{name}_{key}": value for key, value in metrics.items()}
-        return found
+            every.append(self._metrics_of_one(own))
+            found |= {f"{name}_{key}": value for key, value in every[-1].items()}
+        means = {key: sum(m[key] for m in every) / len(every) for key in every[0]}
+        return {**means, **found}
 
 
 def _check(model: nn.Module, adapters: Mapping[str, Mapping[str, float]]) -> None:

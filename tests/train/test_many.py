@@ -108,6 +108,8 @@ def test_equals_single_trainings(tmp_path, family, from_cache, monkeypatch):
         assert got[f"eval_{name}_accuracy"] == expected["eval_accuracy"]
         losses = [a + b for a, b in zip(losses, seen.losses, strict=True)]
         total += expected["eval_loss"]
+    means = [got[f"eval_{name}_accuracy"] for name in singles]
+    assert got["eval_accuracy"] == pytest.approx(sum(means) / 4)
     # (The log rounds to four digits.)
     assert curve.losses == pytest.approx(losses, abs=5e-4)
     assert got["eval_loss"] == pytest.approx(total, rel=1e-4)
