@@ -1,5 +1,5 @@
 """python -m bench accuracy | accuracy-sweep | accuracy-sweep-report | table | accuracy-whole |
-accuracy-whole-report | predict | loop | many |
+accuracy-whole-report | predict | loop | many | sweep-time |
 accuracy-few-shot | accuracy-few-shot-report | cache | cache-quantize | cache-accuracy | train |
 train-accuracy | train-plot | step-plot | kernels | plot | report | forecast | profile | lengths |
 fetch-mpnet | peft_suite.
@@ -17,7 +17,7 @@ from .cache import accuracy as cache_accuracy
 from .cache import main as cache
 from .cache import quantize as cache_quantize
 from .train import accuracy as train_accuracy
-from .train import loop, many, plot_steps, predict
+from .train import loop, many, plot_steps, predict, sweep_time
 from .train import main as train
 from .train import plot as train_plot
 
@@ -40,6 +40,7 @@ app.command(name="step-plot")(plot_steps.main)
 app.command(name="loop")(loop.main)
 app.command(name="predict")(predict.main)
 app.command(name="many")(many.main)
+app.command(name="sweep-time")(sweep_time.main)
 
 # Programs of their own, which also run where typer is not installed
 # (`python -m bench.kernels.main`); they read their options themselves.

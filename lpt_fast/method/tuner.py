@@ -107,8 +107,14 @@ class LPTModel(BaseTuner):
 
     def _check_name(self, adapter_name: str, peft_config: LPTConfig) -> None:
         """Refuses names that other adapters' late LoRA has in those of its parameters: PEFT takes
-        such a parameter for one of this adapter and leaves it out of the other's file.
+        such a parameter for one of this adapter and leaves it out of the other's file; and those
+        that no module can have.
         """
+        if hasattr(nn.ModuleDict, adapter_name):
+            raise ValueError(
+                f"The adapter name {adapter_name!r} is that of a method of torch.nn.ModuleDict, in "
+                "which adapters are kept, expected another one; choose another name."
+            )
         late = self._late_prompt()
         if late is None:
             return

@@ -171,3 +171,12 @@ def test_status_reports():
     status = model.get_model_status()
     assert status.peft_types == {"default": "LPT"} and status.enabled is True
     assert status.active_adapters == ["default"] and status.requires_grad == {"default": True}
+
+
+@pytest.mark.parametrize("name", ["update", "keys", "pop"])
+def test_names_that_no_module_can_have(name):
+    """Adapters are kept in a ModuleDict, whose own KeyError says nothing of names."""
+    model = get_peft_model(tiny("bert", "SEQ_CLS"), lpt(task_type="SEQ_CLS"))
+    with pytest.raises(ValueError, match=f"The adapter name '{name}' is that of a method"):
+        model.add_adapter(name, lpt(task_type="SEQ_CLS"))
+    assert list(model.peft_config) == ["default"]
