@@ -28,7 +28,9 @@ def merged(outputs: list, texts: list[Tensor], calls: list[dict], causal: bool):
     order = torch.cat(texts)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
     fields = {}
-    for name in dict.fromkeys(name for out in outputs for name in out):
+    names = dict.fromkeys(name for out in outputs for name in out)
+    names.pop("past_key_values", None)  # (by default, of a model that generates)
+    for name in names:
         values = [out.get(name) for out in outputs]
         if name == "loss":
             sums = calls[0].get("num_items_in_batch") is not None  # (divided by it already)
@@ -66,7 +68,58 @@ def _joined(name: str, values: list, back: Tensor):
             return torch.cat(values).index_select(0, back.to(values[0].device))
     elif all(v is None for v in values):
         return None
-    raise ValueError(
+    raise _no_common_form(name)
+
+
+def _no_common_form(name: str) -> ValueError:
+    return ValueError(
         f"The model gives `{name}` in another form for each adapter of the batch, expected one "
         "form to put together; call it for each adapter by itself, or do not ask for it."
     )
+
+
+def generated(outputs: list, texts: list[Tensor], pad: int):
+    """What `generate` gave to each group as one, in the order of the call's texts.
+
+    Args:
+        outputs: int64 [n c, S] each, or outputs that hold them as `sequences`.
+        texts: as of `merged`; c rows a text.
+        pad: the padding token.
+
+    Returns:
+        As one of them; `sequences` are padded on the right, scores of steps that a group did not
+        need are -inf.
+
+    Raises:
+        ValueError: as of `merged`.
+    """
+    order = torch.cat(texts)
+
+    def joined(parts: list[Tensor], fill: float) -> Tensor:
+        width = max(x.shape[-1] for x in parts)
+        parts = [
+            F.pad(x, (0, width - x.shape[-1]), value=fill).view(len(own), -1, width)
+            for x, own in zip(parts, texts, strict=True)
+        ]
+        whole = torch.cat(parts)
+        return torch.empty_like(whole).index_copy_(0, order.to(whole.device), whole).flatten(0, 1)
+
+    if isinstance(outputs[0], Tensor):
+        return joined(outputs, pad)
+    fields = {"sequences": joined([out.sequences for out in outputs], pad)}
+    for name in outputs[0]:
+        values = [out[name] for out in outputs]
+        if name in ("scores", "logits"):
+            steps = range(max(map(len, values)))
+            none = [torch.full_like(v[0], float("-inf")) for v in values]
+            fields[name] = tuple(
+                joined([v[i] if i < len(v) else x for v, x in zip(values, none, strict=True)], 0.0)
+                for i in steps
+            )
+        elif name == "sequences_scores":
+            fields[name] = joined([v[:, None] for v in values], 0.0).flatten()
+        elif name == "beam_indices":
+            continue  # (of each group's own rows)
+        elif name not in ("sequences", "past_key_values"):
+            raise _no_common_form(name)
+    return type(outputs[0])(**fields)

@@ -257,6 +257,18 @@ def test_families_without_a_packed_way(family):
     check(model, ["default", "mppg", BASE, "mppg", "default"], **inputs)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_language_models_by_default(family):
+    """Where one adapter would leave a KV cache each runs by itself: the same at padding too."""
+    model = several(family, "CAUSAL_LM").eval()
+    out = check(model, MIXES[0], **batch())
+    assert out.past_key_values is None
+    with pytest.raises(ValueError, match="`use_cache` together with `adapter_names`"):
+        model(**batch(), adapter_names=MIXES[0], use_cache=True)
+    at = batch()["attention_mask"].bool()
+    check(model, MIXES[0], at, **batch(), use_cache=False)
+
+
 def test_what_only_the_padded_way_gives():
     model = several("bert", "SEQ_CLS", {"other": {"insertion_layer": 1, "num_virtual_tokens": 3}})
     names = ["default", "other", BASE, "other", "default"]
@@ -289,13 +301,28 @@ def test_generate(family):
             expected = model.generate(**own, max_new_tokens=5, do_sample=False)
         n = expected.shape[1]
         assert torch.equal(got[i : i + 1, :n], expected) and (got[i, n:] == 0).all()
-    with pytest.raises(ValueError, match="`return_dict_in_generate` together with `adapter_names`"):
-        model.generate(**inputs, adapter_names=MIXES[0], return_dict_in_generate=True)
+    said = {"return_dict_in_generate": True, "output_scores": True, "do_sample": False}
+    whole = model.generate(**inputs, adapter_names=MIXES[0], max_new_tokens=5, **said)
+    assert torch.equal(whole.sequences, got)
+    with model.disable_adapter():
+        own = model.generate(**{n: v[3:4] for n, v in inputs.items()}, max_new_tokens=5, **said)
+    for step, expected in zip(whole.scores, own.scores, strict=False):
+        torch.testing.assert_close(step[3:4], expected, atol=1e-4, rtol=1e-4)
+    assert all((step[3] == float("-inf")).all() for step in whole.scores[len(own.scores) :])
+    with pytest.raises(ValueError, match="gives `hidden_states` in another form"):
+        more = {"output_hidden_states": True, "return_dict_in_generate": True}
+        model.generate(**inputs, adapter_names=MIXES[0], max_new_tokens=2, **more)
+    with pytest.raises(ValueError, match="`streamer` together with `adapter_names`"):
+        model.generate(**inputs, adapter_names=MIXES[0], streamer=object())
     beams = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 3, "do_sample": False}
     got = model.generate(**inputs, adapter_names=MIXES[0], **beams)
     model.set_adapter("mppg")
     expected = model.generate(**{n: v[1:2] for n, v in inputs.items()}, **beams)
     assert len(got) == 10 and torch.equal(got[2:4, : expected.shape[1]], expected)
+    whole = model.generate(
+        **inputs, adapter_names=MIXES[0], return_dict_in_generate=True, output_scores=True, **beams
+    )
+    assert torch.equal(whole.sequences, got) and whole.sequences_scores.shape == (10,)
 
 
 @pytest.mark.slow
