@@ -219,3 +219,4 @@ def test_killed_at_random_moments(tmp_path):
         with sqlite3.connect(tmp_path / name / "study.db") as file:
             states = dict(file.execute("select state, count(*) from trials group by state"))
         assert states["COMPLETE"] == 18 and "RUNNING" not in states
+        assert states["FAIL"] > 3  # what was running when its process was killed
