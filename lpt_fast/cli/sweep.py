@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -117,11 +118,17 @@ def sweep(args: SweepArguments) -> SweepResult:
     """Runs a sweep, or what is left of it; the body of `lpt-fast sweep`.
 
     Raises:
-        ValueError: Optuna is missing; data, a model or a study cannot be used.
+        ValueError: Optuna is missing; data, a model or a study cannot be used; a launcher started it.
     """
     if importlib.util.find_spec("optuna") is None:
         raise ValueError(
             "A sweep needs Optuna, which is not installed; pip install lpt-fast[sweep]."
+        )
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise ValueError(
+            f"A sweep got {processes} processes from a launcher, expected one: they share a study "
+            "and not a training. Start the same command several times instead, each on its GPU."
         )
     from .sweep_study import SweepStudy
     from .sweep_trials import Shared

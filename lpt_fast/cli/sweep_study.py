@@ -152,7 +152,7 @@ class SweepStudy:
         space: of the sweep, with the layer in it.
         trials: most trainings.
         grid: each setting once; else Optuna's TPE.
-        prune_after: epochs before which nothing is pruned; None: no pruning.
+        prune_after: first epochs, in which nothing is pruned; None: no pruning.
         epochs: of a training; in the last one nothing is pruned.
         facts: what all trials of a study have in common, as text.
 
@@ -178,7 +178,7 @@ class SweepStudy:
         self.wanted = most if self._all is None else min(most, len(self._all))
         pruner = optuna.pruners.NopPruner()
         if prune_after is not None:
-            pruner = optuna.pruners.MedianPruner(STARTUP, n_warmup_steps=prune_after)
+            pruner = optuna.pruners.MedianPruner(STARTUP, n_warmup_steps=prune_after + 1)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with locked(self._lock):
             self._storage = _storage(folder / STUDY)
