@@ -44,8 +44,8 @@ class SweepResult:
         table: a dict for each setting, the best first: its values, `accuracy` (mean over its
             seeds), `spread` (standard deviation, None of one), `seeds`, `pruned`, `seconds`,
             `parameters`.
-        best: the first of them, with the `seed` that was best and its `accuracy`; empty where all
-            trials were pruned. Its adapter is in `folder / "best"`.
+        best: the first of them, with the `seed` that was best and the `accuracy` of the training
+            with it that is kept in `folder / "best"`; empty where all trials were pruned.
         folder: of results.csv, the pictures, the study and the cache.
         lines: what the command says at its end.
     """
@@ -118,7 +118,7 @@ def sweep(args: SweepArguments) -> SweepResult:
     """Runs a sweep, or what is left of it; the body of `lpt-fast sweep`.
 
     Raises:
-        ValueError: Optuna is missing; data, a model or a study cannot be used; a launcher started it.
+        ValueError: Optuna is missing; data, a model or a study cannot be used; a launcher runs it.
     """
     if importlib.util.find_spec("optuna") is None:
         raise ValueError(
@@ -244,8 +244,9 @@ def _tell(args: SweepArguments, study: SweepStudy, space: Space, filled: float) 
     ]
     if best:
         lines.append(
-            f"The best with its best seed ({best['seed']}) is in {folder / BEST}. Next: lpt-fast "
-            f"predict --adapter {folder / BEST}"
+            f"The best with its best seed ({best['seed']}), trained by itself "
+            f"({percent(best['accuracy'])}), is in {folder / BEST}. Next: lpt-fast predict "
+            f"--adapter {folder / BEST}"
         )
     return SweepResult(rows, best, folder, lines)
 
@@ -256,11 +257,11 @@ def _keep_best(args: SweepArguments, winner: Finished, row: dict[str, Any]) -> d
 
     folder = Path(args.output_dir)
     best, made = folder / BEST, folder / f"{BEST}.part"
-    chosen = {**row, "mean": row["accuracy"], "accuracy": winner.accuracy, "seed": winner.seed}
+    chosen = {**row, "mean": row["accuracy"], "seed": winner.seed}
     said = {"setting": winner.setting, "seed": winner.seed, "trial": winner.number}
     try:
         if json.loads((best / CHOSEN).read_text(encoding="utf-8")) == said:
-            return chosen
+            return {**chosen, "accuracy": _accuracy_of(best)}
     except (OSError, ValueError):
         pass
     shutil.rmtree(made, ignore_errors=True)
@@ -272,7 +273,17 @@ def _keep_best(args: SweepArguments, winner: Finished, row: dict[str, Any]) -> d
         json.dump(said, out, indent=2)
     shutil.rmtree(best, ignore_errors=True)
     made.rename(best)
-    return chosen
+    return {**chosen, "accuracy": _accuracy_of(best)}
+
+
+def _accuracy_of(folder: Path) -> float:
+    """That of the training which is kept. (Dropout draws other numbers where several train in the
+    same steps, so it may be another than its trial's.)
+    """
+    from .train import RESULTS
+
+    results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    return results["validation"]["accuracy"]
 
 
 @contextmanager

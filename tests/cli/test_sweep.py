@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -37,6 +38,18 @@ def files(tmp_path):
     }
 
 
+@pytest.fixture(scope="session")
+def calm(models_dir, tmp_path_factory):
+    """Models without dropout, which draws other numbers where trials train together."""
+    root = tmp_path_factory.mktemp("calm")
+    shutil.copytree(models_dir / "bert", root / "bert")
+    config = json.loads((root / "bert" / "config.json").read_text())
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        config[name] = 0.0
+    (root / "bert" / "config.json").write_text(json.dumps(config))
+    return root
+
+
 def flags(models_dir, files, out, *more, model="bert"):
     given = [word for pair in files.items() for word in pair]
     return ("--model", models_dir / model, *given, *SPEED, "--output_dir", out, *more)
@@ -54,14 +67,14 @@ def lines_of(out) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_grid(models_dir, files, tmp_path):
-    """Each point once; the accuracies are those of single trainings; the best one predicts; a
-    second call has nothing to do.
+def test_grid(calm, files, tmp_path):
+    """Each point once; the accuracies are those of single trainings, though those of a layer and
+    seed train in the same steps; the best one predicts; a second call has nothing to do.
     """
     out = tmp_path / "out"
     space = ("--insertion_layer", "1,2", "--generator", "npg,static", "--seed", "1,2")
     space += ("--learning_rate", "1e-3,1e-2", "--num_train_epochs", 3)
-    shown = run(models_dir, files, out, *space).stdout
+    shown = run(calm, files, out, *space).stdout
     lines = lines_of(out)
     names = ("insertion_layer", "generator", "learning_rate", "seed")
     points = Counter(tuple(line[name] for name in names) for line in lines)
@@ -71,7 +84,7 @@ def test_grid(models_dir, files, tmp_path):
         single = tmp_path / f"single-{line['trial']}"
         given = [word for name in names for word in (f"--{name}", line[name])]
         how = ("--activation_cache", out / "cache", "--num_train_epochs", 3)
-        done = invoke("train", *flags(models_dir, files, single, *given, *how))
+        done = invoke("train", *flags(calm, files, single, *given, *how))
         assert done.exit_code == 0, done.output
         found = results_of(single)
         assert float(line["accuracy"]) == found["validation"]["accuracy"]
@@ -87,7 +100,7 @@ def test_grid(models_dir, files, tmp_path):
     done = invoke("predict", "--adapter", out / "best", "--use_cpu", text="a lovely film\n")
     assert done.exit_code == 0 and len(done.stdout.splitlines()) == 2
     before = {p: p.stat().st_mtime_ns for p in (out / "best").iterdir()}
-    run(models_dir, files, out, *space)
+    run(calm, files, out, *space)
     assert lines_of(out) == lines
     assert before == {p: p.stat().st_mtime_ns for p in (out / "best").iterdir()}
 
@@ -153,12 +166,12 @@ def settings_of(models_dir, files, out) -> dict:
 
 
 @pytest.mark.slow
-def test_killed_five_times(models_dir, files, tmp_path):
+def test_killed_five_times(calm, files, tmp_path):
     """At random moments, while it fills the cache too: nothing is lost, nothing is doubled, and
     the figures are those of a sweep that was not killed.
     """
-    start("sweep", settings_of(models_dir, files, tmp_path / "killed"), "5")
-    start("sweep", settings_of(models_dir, files, tmp_path / "whole"))
+    start("sweep", settings_of(calm, files, tmp_path / "killed"), "5")
+    start("sweep", settings_of(calm, files, tmp_path / "whole"))
     names = ("insertion_layer", "generator", "seed")
     found = [
         sorted((*(line[n] for n in names), line["accuracy"]) for line in lines_of(tmp_path / out))
