@@ -89,9 +89,7 @@ class ManyTrainer(LPTTrainer):
     def drop(self, name: str) -> None:
         """Ends the training of one adapter; the others go on. The last one ends the training."""
         self.adapters.pop(name)
-        self.parts[name].requires_grad_(False)
-        for p in self.parts.pop(name).parameters():
-            p.grad = None
+        self.parts.pop(name).requires_grad_(False)
         if not self.adapters:
             self.control.should_training_stop = True
 

@@ -13,6 +13,7 @@ from lpt_fast.backbone.families import find_backbone
 from lpt_fast.method.config import GENERATORS
 from lpt_fast.packed import attention as packed_attention
 from lpt_fast.packed.blocks import BLOCKS
+from lpt_fast.packed.plan import Plan
 from tests.adapters import lpt
 from tests.method.cases import M, adapted, cached
 from tests.packed.cases import HEADS, assert_same, labels_for, outcome, pair, still
@@ -357,3 +358,18 @@ def test_a_step_from_the_cache_looks_at_no_number(family, generator, head, monke
     out.loss.backward()
     assert out.loss.is_meta and out.logits.shape[0] == 5
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_plans_of_several_adapters():
+    """Texts of 2, 1 and 3 tokens with 1, 0 and 2 prompt rows: rows P T T | T | P P T T T."""
+    ends = torch.tensor([0, 2, 3, 6], dtype=torch.int32)
+    plan = Plan(ends, 3, [1, 0, 2], 9)
+    assert not plan.even and plan.m.tolist() == [1, 0, 2] and (plan.most, plan.size) == (2, 5)
+    assert plan.starts.tolist() == [0, 3, 4] and plan.lengths.tolist() == [3, 1, 5]
+    assert plan.prompt_rows.tolist() == [0, 4, 5]
+    assert plan.text_rows.tolist() == [1, 2, 3, 6, 7, 8]
+    assert plan.places_in_text.tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 4]
+    assert plan.readout_rows(None).tolist() == [1, 3, 6]
+    assert plan.readout_rows(torch.tensor([1, 0, 2])).tolist() == [2, 3, 8]
+    same = Plan(ends, 3, [2, 2, 2], 12)
+    assert same.even and same.m == 2 and same.prompt_rows.tolist() == [0, 1, 4, 5, 7, 8]
