@@ -118,7 +118,8 @@ def sweep(args: SweepArguments) -> SweepResult:
     """Runs a sweep, or what is left of it; the body of `lpt-fast sweep`.
 
     Raises:
-        ValueError: Optuna is missing; data, a model or a study cannot be used; a launcher started it.
+        ValueError: Optuna is missing, a launcher started it, or data, a model or a study cannot be
+            used.
     """
     if importlib.util.find_spec("optuna") is None:
         raise ValueError(

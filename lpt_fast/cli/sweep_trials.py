@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback, set_seed
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from ..backbone.families import find_backbone, get_layers
 from ..cache import ActivationCache
@@ -257,10 +256,9 @@ def run_group(
             train_set,
             validation,
             shared.caches[trial.layer],
+            progress=False,
         )
-        trainer.args.disable_tqdm = True
-        for shown in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
-            trainer.remove_callback(shown)
+        trainer.remove_callback(PrinterCallback)  # which takes the bars' place
         clock = Clock()
         trainer.add_callback(clock)  # before what reports, whose seconds are no training
         trainer.add_callback(_Watch(outcome, lambda step, got, t=trial: report(t, step, got)))

@@ -205,6 +205,7 @@ def build_trainer(
     train_set: list[dict],
     validation: list[dict] | None,
     cache: ActivationCache | None = None,
+    progress: bool = True,
 ) -> Trainer:
     """The Trainer of a method, with its data and metrics.
 
@@ -214,7 +215,11 @@ def build_trainer(
         tokenizer: of the base model.
         train_set, validation: encoded examples.
         cache: an open one instead of the folder `args.activation_cache`.
+        progress: show progress bars, as Trainer would.
     """
+    arguments = training_arguments(args, validation is not None, formulation.task)
+    if not progress:
+        arguments.disable_tqdm = True
     metrics = Metrics(formulation, tokenizer)
     trainer_class, more = CountedTrainer, {}
     if args.method == "lpt":
@@ -227,7 +232,7 @@ def build_trainer(
         more["lora_learning_rate"] = _lora_rate(args)
     return trainer_class(
         model=model,
-        args=training_arguments(args, validation is not None, formulation.task),
+        args=arguments,
         data_collator=Collator(tokenizer),
         train_dataset=train_set,
         eval_dataset=validation,
