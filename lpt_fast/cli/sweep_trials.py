@@ -17,7 +17,6 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback, set_seed
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from ..backbone.families import find_backbone, get_layers
 from ..cache import ActivationCache
@@ -298,10 +297,9 @@ def _train(trials, shared: Shared, report: Report) -> Iterator[tuple[SweepTrial,
         validation,
         shared.caches[trials[0].layer],
         adapters,
+        progress=False,
     )
-    trainer.args.disable_tqdm = True
-    for shown in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
-        trainer.remove_callback(shown)
+    trainer.remove_callback(PrinterCallback)  # which takes the bars' place
     outcomes = [Outcome() for _ in trials]
     for name, outcome in zip(names, outcomes, strict=True):
         own = trainer.parts[name] if several else model

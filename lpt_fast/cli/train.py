@@ -207,6 +207,7 @@ def build_trainer(
     validation: list[dict] | None,
     cache: ActivationCache | None = None,
     adapters: dict[str, dict[str, float | None]] | None = None,
+    progress: bool = True,
 ) -> Trainer:
     """The Trainer of a method, with its data and metrics.
 
@@ -217,7 +218,11 @@ def build_trainer(
         train_set, validation: encoded examples.
         cache: an open one instead of the folder `args.activation_cache`.
         adapters: those of the model that train together, as ManyTrainer takes them.
+        progress: show progress bars, as Trainer would.
     """
+    arguments = training_arguments(args, validation is not None, formulation.task)
+    if not progress:
+        arguments.disable_tqdm = True
     metrics = Metrics(formulation, tokenizer)
     trainer_class, more = CountedTrainer, {}
     if args.method == "lpt":
@@ -233,7 +238,7 @@ def build_trainer(
             trainer_class, more["adapters"] = ManyTrainer, adapters
     return trainer_class(
         model=model,
-        args=training_arguments(args, validation is not None, formulation.task),
+        args=arguments,
         data_collator=Collator(tokenizer),
         train_dataset=train_set,
         eval_dataset=validation,

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 POINTS = {"insertion_layer": "1,2,3", "learning_rate": "1e-3,2e-3"}
-SEEDS = "1,2,3"
+SEEDS = "1..20"
 
 
 def fork(run, *args) -> int:
@@ -36,7 +36,7 @@ def fork(run, *args) -> int:
     os._exit(code)
 
 
-def study_of(folder: Path, grid: bool = True, trials: int = 18):
+def study_of(folder: Path, grid: bool = True, trials: int = 120):
     from lpt_fast.cli.sweep_space import Space, parse_axis, parse_seeds
     from lpt_fast.cli.sweep_study import SweepStudy
 
@@ -56,7 +56,7 @@ def work(folder: Path, grid: bool) -> None:
             break
         for trial in claimed:
             study.report(trial, 1, 0.5)
-            time.sleep(draw.uniform(0, 0.1))
+            time.sleep(draw.uniform(0, 0.2))
             study.finish(trial, 0.5 + trial.seed / 10, False, 0.1, 7)
         time.sleep(0.01)
     study.close()
@@ -93,7 +93,8 @@ def main(what: str, where: str, kills: str = "0") -> None:
         for grid in (True, False):
             folder = Path(where) / ("grid" if grid else "tpe")
             folder.mkdir()
-            kill_some(lambda f=folder, g=grid: fork(work, f, g), int(kills), 3, 0.4)
+            # (Opening a study takes a second: killed sooner, they would have claimed nothing.)
+            kill_some(lambda f=folder, g=grid: fork(work, f, g), int(kills), 3, 2.0)
         return
     import lpt_fast.cli.sweep
     import lpt_fast.cli.sweep_output

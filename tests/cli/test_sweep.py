@@ -128,8 +128,8 @@ def test_a_trial_is_a_training(models_dir, files, tmp_path, monkeypatch, model, 
     trained = {}
     build = sweep_trials.build_trainer
 
-    def noting(args, *rest):
-        trainer = build(args, *rest)
+    def noting(args, *rest, **more):
+        trainer = build(args, *rest, **more)
         trained[args.seed] = trainer.model
         return trainer
 
@@ -179,6 +179,12 @@ def test_killed_five_times(calm, files, tmp_path):
     ]
     assert found[0] == found[1] and len(found[0]) == 12
     assert len({line[:3] for line in found[0]}) == 12
+    from optuna.storages import RDBStorage
+
+    trials = RDBStorage(f"sqlite:///{tmp_path / 'killed' / 'study.db'}").get_all_trials(1)
+    states = Counter(trial.state.name for trial in trials)
+    assert states["COMPLETE"] == 12 and states["RUNNING"] == 0
+    assert states["FAIL"] > 0  # what was running when its process was killed
 
 
 @pytest.mark.slow
@@ -199,7 +205,7 @@ def test_two_processes_share_a_study(models_dir, files, tmp_path):
 
 @pytest.mark.slow
 def test_in_python(models_dir, files, tmp_path):
-    """Ranges go to Optuna's sampler, and trainings below the median are stopped."""
+    """Ranges go to Optuna's sampler; what is returned is what the files have."""
     given = settings_of(models_dir, files, tmp_path / "out")
     given["space"] = {
         "insertion_layer": [1, 2],
@@ -218,14 +224,28 @@ def test_in_python(models_dir, files, tmp_path):
     assert found.best["seed"] in (1, 2)
     lines = lines_of(found.folder)
     assert len(lines) == 16
-    assert all(int(line["epochs"]) == 4 for line in lines if line["pruned"] == "0")
-    assert all(1 < int(line["epochs"]) < 4 for line in lines if line["pruned"] == "1")
     with pytest.raises(ValueError, match="`space` got 'layer', expected of bottleneck_size"):
         Sweep(**given | {"space": {"layer": [1]}})
     with pytest.raises(ValueError, match="Sweep got the setting 'trails', expected one of"):
         Sweep(**given, trails=3)
     with pytest.raises(ValueError, match=r"A range got 3 values, expected \(low, high\)"):
         Sweep(**given | {"space": {"learning_rate": (1, 2, 3)}})
+
+
+@pytest.mark.slow
+def test_pruning(models_dir, files, tmp_path):
+    """Trainings that learn nothing are stopped; the others run to their end."""
+    files["--validation_file"] = files["--train_file"]
+    good, bad = ["5e-3", "6e-3", "7e-3", "8e-3", "1e-2"], ["1e-9", "2e-9"]
+    space = ("--learning_rate", ",".join(good + bad), "--insertion_layer", 3, "--generator", "npg")
+    run(models_dir, files, tmp_path / "out", *space, "--prune", "--num_train_epochs", 8)
+    lines = lines_of(tmp_path / "out")
+    assert [line["pruned"] for line in lines] == ["0"] * 5 + ["1"] * 2
+    assert [int(line["epochs"]) for line in lines[:5]] == [8] * 5
+    assert all(2 < int(line["epochs"]) < 8 for line in lines[5:])
+    done = run(models_dir, files, tmp_path / "all", *space, "--num_train_epochs", 8)
+    assert "pruned" in done.stdout  # a grid prunes nothing by itself
+    assert {line["pruned"] for line in lines_of(tmp_path / "all")} == {"0"}
 
 
 @pytest.mark.slow
