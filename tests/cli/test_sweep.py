@@ -234,11 +234,21 @@ def test_in_python(models_dir, files, tmp_path):
 
 @pytest.mark.slow
 def test_pruning(models_dir, files, tmp_path):
-    """Trainings that learn nothing are stopped; the others run to their end."""
+    """Trainings that learn nothing are stopped, both of a group; the others run to their end."""
     files["--validation_file"] = files["--train_file"]
     good, bad = ["5e-3", "6e-3", "7e-3", "8e-3", "1e-2"], ["1e-9", "2e-9"]
     space = ("--learning_rate", ",".join(good + bad), "--insertion_layer", 3, "--generator", "npg")
-    run(models_dir, files, tmp_path / "out", *space, "--prune", "--num_train_epochs", 8)
+    run(
+        models_dir,
+        files,
+        tmp_path / "out",
+        *space,
+        "--prune",
+        "--num_train_epochs",
+        8,
+        "--group",
+        5,
+    )
     lines = lines_of(tmp_path / "out")
     assert [line["pruned"] for line in lines] == ["0"] * 5 + ["1"] * 2
     assert [int(line["epochs"]) for line in lines[:5]] == [8] * 5
