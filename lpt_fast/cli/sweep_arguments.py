@@ -68,7 +68,9 @@ class SweepArguments(DataArguments):
         "under tpe.",
         "Search",
     )
-    group: int = option(8, "Most trainings that a process takes at once.", "Search")
+    group: int = option(
+        8, "Most trainings of a layer and seed that train in the same steps.", "Search"
+    )
 
     task: str | None = _same("task")
     dataset: str | None = _same("dataset")
