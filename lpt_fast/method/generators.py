@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..backbone.families import Family
+from ..backbone.lower import run_lower
 from ..insertion.api import insert_prompt_, insert_prompt_padded
 from .config import GENERATORS, NO_PROMPT, LPTConfig
 
@@ -280,3 +282,21 @@ def build_generator(
     """
     cls = NoPrompt if config.generator == NO_PROMPT else _CLASSES[config.generator]
     return cls(hidden_size, config.num_virtual_tokens, config.bottleneck_size, dropout, causal)
+
+
+@torch.no_grad()
+def init_from_vocab(
+    generator: PromptGenerator, backbone: nn.Module, family: Family, config: LPTConfig
+) -> None:
+    """Starts a static prompt from the states of m random tokens after layer k, read as one short
+    text.
+
+    Args:
+        generator: with a `prompt_embedding`.
+        backbone, family: as for `run_lower`.
+        config: `insertion_layer` and `num_virtual_tokens` are read.
+    """
+    ids = torch.randint(backbone.config.vocab_size, (1, config.num_virtual_tokens))
+    inputs = {"input_ids": ids.to(next(backbone.parameters()).device), "return_dict": True}
+    out = run_lower(backbone, family, config.insertion_layer, inputs)
+    generator.prompt_embedding.weight.copy_(out.last_hidden_state[0])

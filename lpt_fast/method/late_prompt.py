@@ -15,14 +15,13 @@ from ..backbone.arguments import TEXT, cache_name, check_known
 from ..backbone.copies import LATE_PROMPT
 from ..backbone.families import Family, get_layers, is_language_model
 from ..backbone.low_rank import LowRank
-from ..backbone.lower import run_lower
 from ..backbone.watch import Modes, Watch
 from ..packed.compute import ComputeCopy
 from . import cached_call as cached
 from .call_inputs import attended_of, check_inputs, give_each_a_token
 from .config import LPTConfig, check_upper
 from .context import Context, parameter_names
-from .generators import PromptGenerator, build_generator
+from .generators import build_generator, init_from_vocab
 from .labels import get_labels, set_labels
 from .late_lora import build_lora
 from .mixed import generate_mixed
@@ -147,7 +146,7 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         # A copy: who goes on to use the object for another adapter does not change this one.
         self.lpt_config[adapter_name] = copy.deepcopy(config)
         if config.init_from_vocab and not on_meta and not inference_mode:
-            self._init_from_vocab(generator, config)
+            init_from_vocab(generator, backbone, family, config)
 
     def freeze(self, adapter_name: str) -> None:
         """Of an adapter nothing trains."""
@@ -169,22 +168,6 @@ class LatePrompt(nn.Module, BaseTunerLayer):
                     return p.device
         return next(self.backbone.parameters()).device
 
-    @torch.no_grad()
-    def _init_from_vocab(self, generator: PromptGenerator, config: LPTConfig) -> None:
-        """Starts a static prompt from the states of m random tokens after layer k, read as one
-        short text.
-        """
-        weight = generator.prompt_embedding.weight
-        ids = torch.randint(self.backbone.config.vocab_size, (1, config.num_virtual_tokens))
-        device = next(self.backbone.parameters()).device
-        out = run_lower(
-            self.backbone,
-            self.family,
-            config.insertion_layer,
-            {"input_ids": ids.to(device), "return_dict": True},
-        )
-        weight.copy_(out.last_hidden_state[0])
-
     # -- PEFT's view -------------------------------------------------------------------------------
 
     def get_base_layer(self) -> nn.Module:
@@ -196,7 +179,8 @@ class LatePrompt(nn.Module, BaseTunerLayer):
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if len(names) > 1:
             raise ValueError(
-                f"Late Prompt Tuning runs one adapter at a time, got {names}. Set one of them."
+                f"Late Prompt Tuning runs one adapter for all texts, got {names}. Set one of them, "
+                "or name one a text in the call (adapter_names)."
             )
         super().set_adapter(names, inference_mode=inference_mode)
         self._sync()

@@ -105,7 +105,8 @@ def _lower(late, groups, configs, batch, inputs, others):
         if positions is not None:
             own["position_ids"] = positions
         own = {name: entries_of(value, texts, len(hidden)) for name, value in own.items()}
-        rest = hidden.index_select(0, texts).to(cached.layer_dtype(late, layers[0]))
+        rest = hidden.index_select(0, texts)
+        rest = rest.to(cached.layer_dtype(late, layers[0]) or rest.dtype)
         found = run_between(backbone, family, layers[0], layers[1:], rest, own)
         row = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
         row[texts] = torch.arange(len(texts), device=hidden.device)
