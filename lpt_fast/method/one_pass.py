@@ -5,7 +5,7 @@ each adapter's texts, for `mixed.py`.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -64,8 +64,9 @@ def joint_outputs(late, groups: list[Group], kwargs: dict, wrappers: list):
     states, tokens, positions = _lower(late, groups, configs, batch, inputs, others)
     if READOUT in kwargs:
         mask = batch.mask() if batch is not None else tokens
-        first = next(iter(states.values()))[0]
-        place = checked_places(kwargs[READOUT], mask, *first.shape[:2], first.device)
+        size = (len(batch), batch.max_seqlen) if batch is not None else text.shape[:2]
+        device = batch.hidden.device if batch is not None else text.device
+        place = checked_places(kwargs[READOUT], mask, *size, device)
         kwargs = {**kwargs, READOUT: place}
     ids = stand_in.get("input_ids", inputs.get("input_ids"))
     pass_ = _Pass(late, groups, configs, states, tokens, positions, batch)
@@ -77,13 +78,13 @@ def _without(kwargs: dict, name: str) -> dict:
 
 
 def _lower(late, groups, configs, batch, inputs, others):
-    """Outputs of the lower layers: k -> ([n, S, D], the row of each text of the call in it or None:
-    its number); tokens and positions of the call's texts.
+    """Outputs of the lower layers: k -> (what gives [n, S, D], the row of each text of the call in
+    it or None: its number); tokens and positions of the call's texts.
     """
     backbone, family = late.backbone, late.family
     layers = sorted({config.insertion_layer for config in configs.values()})
     if batch is not None:
-        hidden = batch.padded()
+        lowest = cache(batch.padded)  # (only where a group has not all of the texts)
         inputs = {"attention_mask": batch.mask().long()}
         if batch.position_ids is not None:
             inputs["position_ids"] = batch.pad(batch.position_ids)
@@ -91,11 +92,12 @@ def _lower(late, groups, configs, batch, inputs, others):
         more = {"return_dict": True}
         if family.causal:
             more["use_cache"] = False
-        hidden = run_lower(backbone, family, layers[0], {**inputs, **others, **more})
-        hidden = hidden.last_hidden_state
+        made = run_lower(backbone, family, layers[0], {**inputs, **others, **more})
+        lowest = cache(lambda: made.last_hidden_state)
     tokens, positions = tokens_of(late, inputs)
-    states = {layers[0]: (hidden, None)}
+    states = {layers[0]: (lowest, None)}
     if len(layers) > 1:
+        hidden = lowest()
         deeper = {n for n, config in configs.items() if config.insertion_layer > layers[0]}
         texts = torch.cat([group.texts for group in groups if group.name in deeper]).unique()
         texts = texts.to(hidden.device)
@@ -110,7 +112,7 @@ def _lower(late, groups, configs, batch, inputs, others):
         found = run_between(backbone, family, layers[0], layers[1:], rest, own)
         row = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
         row[texts] = torch.arange(len(texts), device=hidden.device)
-        states |= {k: (state, row) for k, state in found.items()}
+        states |= {k: (partial(found.get, k), row) for k in found}
     return states, tokens, positions
 
 
@@ -125,6 +127,7 @@ class _Pass:
         self.late, self.groups, self.states = late, groups, states
         self.tokens, self.positions, self.batch = tokens, positions, batch
         self.lowest = min(states)
+        self.count = len(batch) if batch is not None else len(states[self.lowest][0]())
         self._layer = {g.name: self.lowest for g in groups}  # the base model's texts join there
         self._layer |= {name: config.insertion_layer for name, config in configs.items()}
         self._m = {name: config.num_virtual_tokens for name, config in configs.items()}
@@ -133,7 +136,7 @@ class _Pass:
     def run(self, kwargs: dict) -> list[partial]:
         """For each group what makes the backbone's output; kwargs of the whole call."""
         late = self.late
-        count = len(next(iter(self.states.values()))[0])
+        count = self.count
         order = sorted(range(len(self.groups)), key=lambda i: self._layer[self.groups[i].name])
         stages: dict[int, list] = {}
         rows_of, places, reads = {}, [], None
@@ -182,17 +185,23 @@ class _Pass:
         )
 
     def _text_rows(self, k: int, texts: Tensor | None, m: int) -> Rows:
-        hidden, row = self.states[k]
-        tokens, positions = self.tokens, self.positions
-        if texts is not None:
+        """Rows of some texts, or of all, with room for m."""
+        if texts is not None and torch.equal(texts, torch.arange(self.count)):
+            texts = None
+        dtype = cached.rows_dtype(self.late, k)
+        if texts is None and self.batch is not None and k == self.lowest:
+            return Rows.of_batch(self.batch, dtype or self.batch.hidden.dtype, m)
+        made, row = self.states[k]
+        hidden, tokens, positions = made(), self.tokens, self.positions
+        if texts is not None or row is not None:
+            texts = torch.arange(self.count) if texts is None else texts
             texts = texts.to(hidden.device)
             tokens, positions = (
-                x if x is None or len(x) == 1 < len(hidden) else x.index_select(0, texts)
+                x if x is None or len(x) == 1 < self.count else x.index_select(0, texts)
                 for x in (tokens, positions)
             )
             hidden = hidden.index_select(0, texts if row is None else row[texts])
-        dtype = cached.rows_dtype(self.late, k) or hidden.dtype
-        return Rows.of_text(hidden.to(dtype), tokens, positions, m)
+        return Rows.of_text(hidden.to(dtype or hidden.dtype), tokens, positions, m)
 
     def _stage(self, k: int, own: list) -> Stage:
         late = self.late
