@@ -194,7 +194,7 @@ class Classifiers:
                 kept = ("readout", "context_lengths")
                 batch = {name: batch[name] for name in kept if name in batch}
                 batch["cached_hidden"] = cache.read(numbers[index])
-            every = torch.arange(len(index))
+            every = tuple(range(len(index)))
             groups = [Group(self.adapters[i], every) for i in tasks]
             for i, values, output in zip(
                 tasks, found, run_groups(self.late, groups, batch), strict=True

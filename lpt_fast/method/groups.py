@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -15,17 +16,17 @@ from ..packing import PackedBatch
 BASE = "__base__"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Group:
     """Texts that one adapter runs on.
 
     Attributes:
         name: of the adapter, or BASE.
-        texts: int64 [n], their numbers in the call.
+        texts: their numbers in the call.
     """
 
     name: str
-    texts: Tensor
+    texts: tuple[int, ...]
 
 
 @contextmanager
@@ -57,13 +58,14 @@ def heads_of(late) -> list[nn.Module]:
     return [m for m in late.root.modules() if isinstance(m, ModulesToSaveWrapper)]
 
 
-def entries_of(value, texts: Tensor, batch: int):
-    """Entries of some texts, of what has one for each."""
-    if isinstance(value, PackedBatch):
-        return value.select(texts)
-    if isinstance(value, Tensor):
-        own = value.dim() > 0 and len(value) == batch
-        return value.index_select(0, texts.to(value.device)) if own else value
-    if isinstance(value, list | tuple) and len(value) == batch:
-        return [value[i] for i in texts.tolist()]
-    return value
+def entries_of(value, texts: tuple[int, ...], batch: int):
+    """Entries of some texts, of what has one for each of the batch."""
+    several = isinstance(value, PackedBatch | list | tuple) or (
+        isinstance(value, Tensor) and value.dim() > 0
+    )
+    if not several or len(value) != batch or texts == tuple(range(batch)):
+        return value
+    if isinstance(value, list | tuple):
+        return [value[i] for i in texts]
+    index = torch.tensor(texts, device=value.device if isinstance(value, Tensor) else None)
+    return value.select(index) if isinstance(value, PackedBatch) else value.index_select(0, index)

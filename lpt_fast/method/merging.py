@@ -7,12 +7,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def merged(outputs: list, texts: list[Tensor], calls: list[dict], causal: bool):
+def merged(outputs: list, texts: list[tuple[int, ...]], calls: list[dict], causal: bool):
     """One output in the order of the call's texts.
 
     Args:
         outputs: the model's own, one a group; at least one.
-        texts: int64 [n] each, the numbers of the group's texts.
+        texts: the numbers of each group's texts.
         calls: each group's arguments, of which the labels count.
         causal: whether labels are those of the next token.
 
@@ -25,7 +25,7 @@ def merged(outputs: list, texts: list[Tensor], calls: list[dict], causal: bool):
     """
     if len(outputs) == 1:  # whose texts are all of the call's, in their order
         return outputs[0]
-    order = torch.cat(texts)
+    order = torch.tensor([number for own in texts for number in own])
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
     fields = {}
     names = dict.fromkeys(name for out in outputs for name in out)
@@ -78,7 +78,7 @@ def _no_common_form(name: str) -> ValueError:
     )
 
 
-def generated(outputs: list, texts: list[Tensor], pad: int):
+def generated(outputs: list, texts: list[tuple[int, ...]], pad: int):
     """What `generate` gave to each group as one, in the order of the call's texts.
 
     Args:
@@ -93,7 +93,7 @@ def generated(outputs: list, texts: list[Tensor], pad: int):
     Raises:
         ValueError: as of `merged`.
     """
-    order = torch.cat(texts)
+    order = torch.tensor([number for own in texts for number in own])
 
     def joined(parts: list[Tensor], fill: float) -> Tensor:
         width = max(x.shape[-1] for x in parts)

@@ -13,9 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-import torch
-from torch import Tensor
-
 from . import cached_call as cached
 from .context import parameter_names
 from .groups import BASE, Group, entries_of, heads_of, running
@@ -82,7 +79,7 @@ def groups_of(late, names, batch: int) -> list[Group]:
     numbers: dict[str, list[int]] = {}
     for number, name in enumerate(names):
         numbers.setdefault(BASE if late.disable_adapters else name, []).append(number)
-    return [Group(name, torch.tensor(own)) for name, own in numbers.items()]
+    return [Group(name, tuple(own)) for name, own in numbers.items()]
 
 
 def run_mixed(late, names, args: tuple, kwargs: dict):
@@ -107,7 +104,12 @@ def run_mixed(late, names, args: tuple, kwargs: dict):
     groups = groups_of(late, names, _batch_of(kwargs))
     return_dict = kwargs.pop("return_dict", getattr(root.config, "return_dict", True))
     outputs = run_groups(late, groups, kwargs)
-    parts = [_taken(kwargs, group.texts) for group in groups]
+    batch = _batch_of(kwargs)
+    counted = {n: kwargs[n] for n in ("labels", "num_items_in_batch") if n in kwargs}
+    parts = [
+        {n: entries_of(value, group.texts, batch) for n, value in counted.items()}
+        for group in groups
+    ]
     out = merged(outputs, [group.texts for group in groups], parts, late.causal_lm)
     return out if return_dict else out.to_tuple()
 
@@ -194,7 +196,7 @@ def _batch_of(kwargs: dict) -> int:
     )
 
 
-def _taken(kwargs: dict, texts: Tensor) -> dict:
+def _taken(kwargs: dict, texts: tuple[int, ...]) -> dict:
     """The arguments for some of the texts."""
     batch = _batch_of(kwargs)
     return {name: entries_of(value, texts, batch) for name, value in kwargs.items()}

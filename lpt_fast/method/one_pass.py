@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from functools import cache, partial
 
 import torch
-from torch import Tensor
 
 from ..backbone.arguments import TEXT
 from ..backbone.lower import run_between, run_lower
@@ -78,8 +77,8 @@ def _without(kwargs: dict, name: str) -> dict:
 
 
 def _lower(late, groups, configs, batch, inputs, others):
-    """Outputs of the lower layers: k -> (what gives [n, S, D], the row of each text of the call in
-    it or None: its number); tokens and positions of the call's texts.
+    """Outputs of the lower layers: k -> (what gives [n, S, D], the row in it of each text that has
+    one; None: its number); tokens and positions of the call's texts.
     """
     backbone, family = late.backbone, late.family
     layers = sorted({config.insertion_layer for config in configs.values()})
@@ -99,19 +98,17 @@ def _lower(late, groups, configs, batch, inputs, others):
     if len(layers) > 1:
         hidden = lowest()
         deeper = {n for n, config in configs.items() if config.insertion_layer > layers[0]}
-        texts = torch.cat([group.texts for group in groups if group.name in deeper]).unique()
-        texts = texts.to(hidden.device)
+        texts = tuple(sorted({t for g in groups if g.name in deeper for t in g.texts}))
         own = {"attention_mask": torch.ones(hidden.shape[:2], device=hidden.device).long()}
         if tokens is not None:
             own["attention_mask"] = tokens.long()
         if positions is not None:
             own["position_ids"] = positions
         own = {name: entries_of(value, texts, len(hidden)) for name, value in own.items()}
-        rest = hidden.index_select(0, texts)
+        rest = entries_of(hidden, texts, len(hidden))
         rest = rest.to(cached.layer_dtype(late, layers[0]) or rest.dtype)
         found = run_between(backbone, family, layers[0], layers[1:], rest, own)
-        row = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
-        row[texts] = torch.arange(len(texts), device=hidden.device)
+        row = {text: i for i, text in enumerate(texts)}
         states |= {k: (partial(found.get, k), row) for k in found}
     return states, tokens, positions
 
@@ -128,6 +125,7 @@ class _Pass:
         self.tokens, self.positions, self.batch = tokens, positions, batch
         self.lowest = min(states)
         self.count = len(batch) if batch is not None else len(states[self.lowest][0]())
+        self.all = tuple(range(self.count))
         self._layer = {g.name: self.lowest for g in groups}  # the base model's texts join there
         self._layer |= {name: config.insertion_layer for name, config in configs.items()}
         self._m = {name: config.num_virtual_tokens for name, config in configs.items()}
@@ -175,7 +173,7 @@ class _Pass:
     def _rows_for(self, group: Group) -> Rows:
         """The group's rows with room for its prompts."""
         m = self._m.get(group.name, 0)
-        key = (self._layer[group.name], m, id(group.texts))
+        key = (self._layer[group.name], m, group.texts)
         if key not in self._rows:
             self._rows[key] = self._text_rows(self._layer[group.name], group.texts, m)
             return self._rows[key]
@@ -184,23 +182,16 @@ class _Pass:
             rows.buffer.detach().clone(), rows.plan, rows.cu_seqlens, rows.shape, rows.padded_form
         )
 
-    def _text_rows(self, k: int, texts: Tensor | None, m: int) -> Rows:
-        """Rows of some texts, or of all, with room for m."""
-        if texts is not None and torch.equal(texts, torch.arange(self.count)):
-            texts = None
+    def _text_rows(self, k: int, texts: tuple[int, ...], m: int) -> Rows:
+        """Rows of some texts with room for m."""
         dtype = cached.rows_dtype(self.late, k)
-        if texts is None and self.batch is not None and k == self.lowest:
+        if self.batch is not None and k == self.lowest and texts == self.all:
             return Rows.of_batch(self.batch, dtype or self.batch.hidden.dtype, m)
         made, row = self.states[k]
         hidden, tokens, positions = made(), self.tokens, self.positions
-        if texts is not None or row is not None:
-            texts = torch.arange(self.count) if texts is None else texts
-            texts = texts.to(hidden.device)
-            tokens, positions = (
-                x if x is None or len(x) == 1 < self.count else x.index_select(0, texts)
-                for x in (tokens, positions)
-            )
-            hidden = hidden.index_select(0, texts if row is None else row[texts])
+        tokens, positions = (entries_of(x, texts, self.count) for x in (tokens, positions))
+        own = texts if row is None else tuple(row[text] for text in texts)
+        hidden = entries_of(hidden, own, len(hidden))
         return Rows.of_text(hidden.to(dtype or hidden.dtype), tokens, positions, m)
 
     def _stage(self, k: int, own: list) -> Stage:
@@ -226,7 +217,7 @@ class _Pass:
 
     def _held(self, k: int, groups: list[Group], shares: list[Share], m: list[int]):
         """What layer k+1 makes of the text rows, made once for texts that several adapters have."""
-        late, numbers = self.late, torch.cat([group.texts for group in groups])
+        late, numbers = self.late, [text for group in groups for text in group.texts]
         if k != self.lowest or (len(set(m)) > 1 and late.family.takes_positions):
             return None
         backbone, family = late.computing(k), late.family
@@ -240,14 +231,14 @@ class _Pass:
             rows = next(iter(self._rows.values())).buffer
             if given.fits(rows, given.kind[3] if len(set(m)) > 1 else m[0], bool(changing)):
                 return HeldRows(given.tables, given.begins[numbers], given.kind)
-        if len(numbers.unique()) == len(numbers):
+        if len(set(numbers)) == len(numbers):
             return None
-        plain = self._text_rows(k, None, 0)
+        plain = self._text_rows(k, self.all, 0)
         positions = None
         if family.takes_positions:
             positions = plain.rotary_positions() + (0 if changing else m[0])
         updates = changing[0] if changing else None
         with torch.no_grad():
             tables = project_first(backbone, family, k, plain.buffer, positions, updates)
-        begins = plain.cu_seqlens[:-1].long()[numbers.to(plain.cu_seqlens.device)]
+        begins = plain.cu_seqlens[:-1].long()[numbers]
         return HeldRows(tuple(tables), begins, kind_of(plain.buffer, m[0], bool(changing)))

@@ -36,7 +36,9 @@ class HeldRows:
     def take(self, plan: Plan) -> list[Tensor]:
         """[N, ...] each, in fresh memory; at prompt rows anything."""
         shift = self.begins - plan.starts - plan.m
-        index = torch.arange(plan.rows, device=shift.device) + shift.repeat_interleave(plan.lengths)
+        index = torch.arange(plan.rows, device=shift.device) + shift.repeat_interleave(
+            plan.lengths, output_size=plan.rows
+        )
         # (The prompt of the first text would stand before the table, a filler text behind it.)
         index.clamp_(0, len(self.tables[0]) - 1)
         return [table.index_select(0, index) for table in self.tables]

@@ -79,7 +79,7 @@ class Plan:
         self.rows, self.longest = rows, max_seqlen
         self.texts = len(cu_seqlens) - 1
         self.device = cu_seqlens.device
-        several = [m] if isinstance(m, int) else m
+        self._several = several = [m] if isinstance(m, int) else m
         self.most = max(several)
         self.even = len(set(several)) == 1
         self.m = self.most if self.even else torch.tensor(m, device=self.device)
@@ -115,10 +115,11 @@ class Plan:
     @cached_property
     def prompt_rows(self) -> Tensor:
         """int64 [B m], text by text."""
-        rows = self.starts[:, None] + self._count[: self.most]
         if self.even:
-            return rows.flatten()
-        return rows[self._count[: self.most] < self.m[:, None]]
+            return (self.starts[:, None] + self._count[: self.most]).flatten()
+        # (How many there are is known here: a GPU is not waited for.)
+        place = torch.tensor([i for own in self._several for i in range(own)], device=self.device)
+        return self.starts.repeat_interleave(self.m, output_size=len(place)) + place
 
     @cached_property
     def text_rows(self) -> Tensor:

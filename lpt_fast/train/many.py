@@ -100,7 +100,7 @@ class ManyTrainer(LPTTrainer):
         inputs = {name: value for name, value in inputs.items() if name != WEIGHT}
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
             inputs["num_items_in_batch"] = num_items_in_batch
-        every = torch.arange(len(inputs["labels"]))
+        every = tuple(range(len(inputs["labels"])))
         groups = [Group(name, every) for name in self.adapters]
         with self.accelerator.autocast():
             outputs = run_groups(self._late_prompt, groups, inputs)
