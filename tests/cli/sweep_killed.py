@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 POINTS = {"insertion_layer": "1,2,3", "learning_rate": "1e-3,2e-3"}
-SEEDS = "1..20"
+SEEDS = "1..10"
 
 
 def fork(run, *args) -> int:
@@ -36,7 +36,7 @@ def fork(run, *args) -> int:
     os._exit(code)
 
 
-def study_of(folder: Path, grid: bool = True, trials: int = 120):
+def study_of(folder: Path, grid: bool = True, trials: int = 60):
     from lpt_fast.cli.sweep_space import Space, parse_axis, parse_seeds
     from lpt_fast.cli.sweep_study import SweepStudy
 
