@@ -80,6 +80,10 @@ PRIVATE: dict[tuple[str, str], str] = {
         "peft.tuners.tuners_utils.BaseTunerLayer",
         "_move_adapter_to_device_of_base_layer",
     ): _NEVER_CALLED + "adapters loaded with low_cpu_mem_usage stay on the CPU",
+    ("peft.tuners.tuners_utils.BaseTunerLayer", "_active_adapter"): "AttributeError: adapter_names",
+    ("peft.tuners.tuners_utils.BaseTunerLayer", "_disable_adapters"): "AttributeError: as above",
+    ("peft.utils.other.AuxiliaryTrainingWrapper", "_active_adapter"): "AttributeError: as above",
+    ("peft.utils.other.AuxiliaryTrainingWrapper", "_disable_adapters"): "AttributeError: as above",
     ("peft.peft_model", "_enable_peft_forward_hooks"): _NEVER_CALLED + "adapter_names are ignored",
     # -- torch -------------------------------------------------------------------------------------
     (_MODULE, "_modules"): "AttributeError: copies of halves, watching modules",
