@@ -11,6 +11,7 @@ the training with that of an undisturbed one.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -108,6 +109,17 @@ class Outcome:
 
 
 # -- faults ----------------------------------------------------------------------------------------
+
+
+def _fill_up(file: int, root: Path, leave: int) -> None:
+    """Takes all of a disk but a few bytes, while others write to it."""
+    for _ in range(20):
+        try:
+            os.posix_fallocate(file, 0, max(1, shutil.disk_usage(root).free - leave))
+            return
+        except OSError as error:  # somebody has taken a part of it since it was asked for
+            if error.errno != errno.ENOSPC:
+                raise
 
 
 def strike(fault: Fault, pair: Pair, root: Path, machines: Machines | None, stop: float):

@@ -184,7 +184,6 @@ def test_killed_five_times(calm, files, tmp_path):
     trials = RDBStorage(f"sqlite:///{tmp_path / 'killed' / 'study.db'}").get_all_trials(1)
     states = Counter(trial.state.name for trial in trials)
     assert states["COMPLETE"] == 12 and states["RUNNING"] == 0
-    assert states["FAIL"] > 0  # what was running when its process was killed
 
 
 @pytest.mark.slow

@@ -123,9 +123,7 @@ def test_several_adapters(tmp_path):
     torch.testing.assert_close(model(**inputs).logits, first, atol=0, rtol=0)
     with pytest.raises(ValueError, match="second"):
         model.set_adapter("second")
-    with pytest.raises(
-        ValueError, match=r"one adapter for all texts, got .* \(adapter_names\)"
-    ):
+    with pytest.raises(ValueError, match=r"one adapter for all texts, got .* \(adapter_names\)"):
         model.base_model.set_adapter(["default", "second"])
 
 
