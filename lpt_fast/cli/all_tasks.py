@@ -4,7 +4,6 @@ layers once, then all tasks' rows run together (method/mixed.py).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,20 +13,17 @@ from peft import PeftModel
 from tqdm import tqdm
 
 from ..cache import ActivationCache
-from ..cache.forward import batches_of
 from ..method.config import LPT
 from ..method.groups import Group
 from ..method.mixed import run_groups
 from ..tasks.messages import Origin
+from ..train.cached_loading import open_for
 from ..train.compute_dtype import choose, parse
 from ..train.trainer import find_late_prompt
 from .data import Collator, Formulation
-from .inference import Classifier, predictions, read_formulation
+from .inference import TOKENS, Classifier, batches_by_length, predictions, read_formulation
 
-logger = logging.getLogger(__name__)
-
-# Tokens of a batch, padding counted: of its texts, and of all tasks' copies of them.
-TOKENS, ROWS = 4096, 8192
+ROWS = 8192  # tokens of a batch in all tasks' copies of its texts, padding counted
 
 
 class Classifiers:
@@ -111,10 +107,7 @@ class Classifiers:
         model, config = self.model, self.late.lpt_config
         names = [self.adapters[i] for i in tasks]
         model.set_adapter(min(names, key=lambda name: config[name].insertion_layer))
-        cache = ActivationCache.open(self._cache, model)
-        if len(cache) == 0 and self.late.compute_dtype == torch.bfloat16:
-            cache = ActivationCache.open(self._cache, model, compute_dtype="bfloat16")
-        return cache
+        return open_for(self._cache, model, lambda: self.late.compute_dtype)
 
     def formulation_of_all(self, named: bool) -> Formulation:
         """The first one, for reading texts.
@@ -170,21 +163,14 @@ class Classifiers:
         """
         form = self.formulations[tasks[0]]
         found = [np.zeros((len(examples), len(self.formulations[i].labels)), "f4") for i in tasks]
-        lengths = np.array([len(example["input_ids"]) for example in examples], dtype=np.int64)
-        order = np.argsort(-lengths, kind="stable")
-        size = self.batch_size
-        if size is None:
-            budget = max(1, min(TOKENS, ROWS // len(tasks)))
-            parts = list(batches_of(lengths[order], budget))
-        else:
-            parts = [slice(start, start + size) for start in range(0, len(order), size)]
+        budget = max(1, min(TOKENS, ROWS // len(tasks)))
+        parts = batches_by_length(examples, self.batch_size, budget)
         cache = None
         if self._cache is not None:
             cache = self._opened(tasks)
             numbers = cache.ensure(self.model, examples)
         collate = Collator(self.tokenizer)
-        for part in parts:
-            index = order[part]
+        for index in parts:
             batch = collate([examples[i] for i in index])
             batch = {name: value.to(self.device) for name, value in batch.items()}
             if form.cloze:

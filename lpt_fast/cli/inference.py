@@ -165,16 +165,8 @@ class Classifier:
         examples = self.formulation.encode(self.tokenizer, rows, labels=None, origin=origin)
         out = np.zeros((len(examples), len(self.labels)), dtype=np.float32)
         collate = Collator(self.tokenizer)
-        # Texts of like length together: less padding.
-        lengths = np.array([len(example["input_ids"]) for example in examples], dtype=np.int64)
-        order = np.argsort(-lengths, kind="stable")  # what does not fit the memory is said at once
-        if self.batch_size is None:
-            parts = list(batches_of(lengths[order], TOKENS))
-        else:
-            starts = range(0, len(order), self.batch_size)
-            parts = [slice(start, start + self.batch_size) for start in starts]
-        for part in tqdm(parts, desc="Predicting", disable=not progress):
-            index = order[part]
+        parts = batches_by_length(examples, self.batch_size, TOKENS)
+        for index in tqdm(parts, desc="Predicting", disable=not progress):
             batch = {k: v.to(self.device) for k, v in collate([examples[i] for i in index]).items()}
             if not isinstance(self.model, PeftModel):
                 batch.pop("context_lengths", None)
@@ -193,6 +185,20 @@ class Classifier:
         for `probabilities`.
         """
         yield from predictions(self.probabilities(rows, progress, origin), self.labels)
+
+
+def batches_by_length(examples: list[dict], size: int | None, tokens: int) -> list[np.ndarray]:
+    """Numbers of the texts of each batch, texts of like length together: less padding.
+
+    Args:
+        examples: tokenised.
+        size: texts of a batch; None: so many as have `tokens` tokens, padding counted.
+    """
+    lengths = np.array([len(example["input_ids"]) for example in examples], dtype=np.int64)
+    order = np.argsort(-lengths, kind="stable")  # what does not fit the memory is said at once
+    if size is None:
+        return [order[part] for part in batches_of(lengths[order], tokens)]
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def predictions(probabilities: np.ndarray, labels: list[str]) -> Iterator[dict]:

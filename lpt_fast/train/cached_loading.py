@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -24,6 +24,17 @@ BUILD_WAIT = 24 * 3600.0  # seconds; another run that fills the same cache saves
 REMEMBERED = 8  # data sets whose rows are known without asking again
 
 
+def open_for(folder, model, dtype: Callable[[], torch.dtype | None]) -> ActivationCache:
+    """The cache of a model's active adapter; a fresh one in the dtype that layers compute in, which
+    is asked for then alone.
+    """
+    cache = ActivationCache.open(folder, model)
+    if len(cache) == 0 and dtype() == torch.bfloat16:
+        # (A cache that is there already serves as well, and is there.)
+        cache = ActivationCache.open(folder, model, compute_dtype="bfloat16")
+    return cache
+
+
 class CachedLoading:
     """Mixed into a Trainer that has `activation_cache` (a folder, an open cache or None),
     `hold_projections`, `_late_prompt`, `_ahead`, `_holding`, `_chosen_dtype()`, `_label_rules()`,
@@ -41,11 +52,7 @@ class CachedLoading:
             return given
         layer = self._late_prompt.active_config.insertion_layer
         if layer not in self._caches:
-            cache = ActivationCache.open(given, self.model)
-            if len(cache) == 0 and self._chosen_dtype() == torch.bfloat16:
-                # (A cache that is there already serves as well, and is there.)
-                cache = ActivationCache.open(given, self.model, compute_dtype="bfloat16")
-            self._caches[layer] = cache
+            self._caches[layer] = open_for(given, self.model, self._chosen_dtype)
         return self._caches[layer]
 
     def _keys_of(self, dataset, kept) -> tuple[ActivationCache, np.ndarray]:

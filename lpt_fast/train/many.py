@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
-from ..method.groups import Group
+from ..method.groups import Group, heads_of
 from ..method.mixed import run_groups
 from ..packed.stack import first_updated
 from .exact_resume import WEIGHT
@@ -185,9 +184,7 @@ def _prepared(model: nn.Module, names: list[str]):
 def _parts_of(late, name: str) -> nn.ModuleDict:
     """What trains of an adapter: prompt, late LoRA, head."""
     heads = [
-        module.modules_to_save[name]
-        for module in late.root.modules()
-        if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save
+        module.modules_to_save[name] for module in heads_of(late) if name in module.modules_to_save
     ]
     lora = [late.lpt_lora[name]] if name in late.lpt_lora else []
     parts = {"prompt": late.lpt_generator[name], "heads": nn.ModuleList(heads)}
