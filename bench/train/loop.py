@@ -2,14 +2,18 @@
 
 A step's own work is the model's forward, backward and the optimiser, as the Trainer calls them;
 everything else that it does between the first step and the last is the loop around them. One epoch
-before fills the cache and warms up; then two are clocked.
+before fills the cache and warms up; then two are clocked. (On a GPU a step's own work is what the
+host does for it.)
 """
 
 from __future__ import annotations
 
+import cProfile
+import pstats
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import typer
@@ -52,31 +56,59 @@ class Parts:
         setattr(owner, name, clocked)
 
 
-def _trainer(source, task: str, k: int, dtype: str, folder: str, epochs: int, model=None):
+@dataclass
+class Setting:
+    """What is trained, how, and where.
+
+    Attributes:
+        source: texts and encoder.
+        task, k: of which; insertion layer.
+        dtype: float32 or bfloat16, of the packed layers.
+        device: cpu or cuda.
+        late_lora: low-rank updates alone in place of a prompt.
+        folder: for what is written.
+    """
+
+    source: object
+    task: str
+    k: int
+    dtype: str
+    device: str
+    late_lora: bool
+    folder: str
+
+
+def _trainer(setting: Setting, epochs: int, model=None):
     from peft import get_peft_model
     from transformers import AutoModelForSequenceClassification, TrainingArguments
 
     from lpt_fast import LPTConfig, LPTTrainer
 
-    examples, labels = source.labelled(task)
+    source, folder = setting.source, setting.folder
+    examples, labels = source.labelled(setting.task)
     names = sorted(set(labels))
     rows = [{**e, "labels": names.index(label)} for e, label in zip(examples, labels, strict=True)]
     if model is None:
         base = AutoModelForSequenceClassification.from_pretrained(
             source.model_name, num_labels=len(names)
         )
-        how = {"generator": "npg", "num_virtual_tokens": 5, "insertion_layer": k}
-        model = get_peft_model(base, LPTConfig(task_type="SEQ_CLS", **how))
+        how = {"generator": "npg", "num_virtual_tokens": 5}
+        if setting.late_lora:
+            how = {"generator": "none", "lora_r": 8}
+        config = LPTConfig(task_type="SEQ_CLS", insertion_layer=setting.k, **how)
+        model = get_peft_model(base, config)
     settings = {"per_device_train_batch_size": 32, "learning_rate": 1e-3, "save_strategy": "no"}
     settings |= {"num_train_epochs": epochs, "report_to": "none", "disable_tqdm": True}
-    args = TrainingArguments(f"{folder}/out", use_cpu=True, logging_steps=500, **settings)
+    on_cpu = setting.device == "cpu"
+    settings |= {"use_cpu": on_cpu, "bf16": not on_cpu and setting.dtype == "bfloat16"}
+    args = TrainingArguments(f"{folder}/out", logging_steps=500, **settings)
     return LPTTrainer(
         model,
         args,
         train_dataset=rows,
         processing_class=source.tokenizer,
         activation_cache=f"{folder}/cache",
-        compute_dtype=dtype,
+        compute_dtype=setting.dtype if on_cpu else None,
     )
 
 
@@ -88,6 +120,9 @@ def main(
     model: str = typer.Option(None, "--model", help="Default: the demo's encoder (MiniLM)."),
     k: int = typer.Option(4, "--k", help="Insertion layer."),
     dtypes: str = typer.Option("float32,bfloat16", "--compute_dtype"),
+    device: str = typer.Option("cpu", "--device", help="cpu or cuda."),
+    late_lora: bool = typer.Option(False, "--late_lora", help="Late LoRA in place of a prompt."),
+    profile: str = typer.Option(None, "--profile", help="File for a profile of one more training."),
     out: str = typer.Option(
         str(RESULTS / "loop.jsonl"), "--out", help="JSON lines are appended to it."
     ),
@@ -98,11 +133,13 @@ def main(
     quiet()
     source = Source(Path(data), model)
     for dtype in dtypes.split(","):
-        record = Recorder(out, {"task": task, "k": k, "compute_dtype": dtype})
+        common = {"task": task, "k": k, "compute_dtype": dtype, "late_lora": late_lora}
+        record = Recorder(out, common)
         with temporary() as folder:
-            warm = _trainer(source, task, k, dtype, folder, 1)
+            setting = Setting(source, task, k, dtype, device, late_lora, folder)
+            warm = _trainer(setting, 1)
             warm.train()
-            trainer = _trainer(source, task, k, dtype, folder, EPOCHS, warm.model)
+            trainer = _trainer(setting, EPOCHS, warm.model)
             clock, parts = Clock(), Parts()
             trainer.add_callback(clock)
             trainer.create_optimizer()
@@ -114,6 +151,8 @@ def main(
             parts.clock(trainer, "_clip_grad_norm", "norm of gradients")
             parts.clock(trainer, "floating_point_ops", "counting operations")
             trainer.train()
+            if profile:
+                _profile(_trainer(setting, EPOCHS, warm.model), f"{profile}.{dtype}")
         steps = trainer.state.global_step
         own = parts.seconds.pop("own")
         rest = clock.seconds - own - sum(parts.seconds.values())
@@ -124,3 +163,12 @@ def main(
         record(Figure("loop", f"{dtype}: the rest", 1e3 * rest / steps, "ms"))
         ratio = clock.seconds / own
         record(Figure("loop", f"{dtype}: training over its own work", ratio, "x", AT_MOST))
+
+
+def _profile(trainer, path: str) -> None:
+    """A training by Python's profiler: functions by their own time, and by all of it."""
+    seen = cProfile.Profile()
+    seen.runcall(trainer.train)
+    with open(path, "w", encoding="utf-8") as file:
+        for key in ("tottime", "cumtime"):
+            pstats.Stats(seen, stream=file).sort_stats(key).print_stats(70)

@@ -21,9 +21,10 @@ from ..train.cached_loading import open_for
 from ..train.compute_dtype import choose, parse
 from ..train.trainer import find_late_prompt
 from .data import Collator, Formulation
-from .inference import TOKENS, Classifier, batches_by_length, predictions, read_formulation
+from .inference import Classifier, batches_by_length, predictions, read_formulation, tokens_on
 
-ROWS = 8192  # tokens of a batch in all tasks' copies of its texts, padding counted
+# Tokens of a batch in all tasks' copies of its texts, padding counted.
+ROWS = {"cpu": 8192, "cuda": 131072}
 
 
 class Classifiers:
@@ -163,7 +164,8 @@ class Classifiers:
         """
         form = self.formulations[tasks[0]]
         found = [np.zeros((len(examples), len(self.formulations[i].labels)), "f4") for i in tasks]
-        budget = max(1, min(TOKENS, ROWS // len(tasks)))
+        rows = tokens_on(self.device, ROWS) // len(tasks)
+        budget = max(1, min(tokens_on(self.device), rows))
         parts = batches_by_length(examples, self.batch_size, budget)
         cache = None
         if self._cache is not None:

@@ -38,7 +38,7 @@ from .model import PROMPT_TUNING_TOKENS
 
 logger = logging.getLogger(__name__)
 
-TOKENS = 4096  # of a batch, padding counted
+TOKENS = {"cpu": 4096, "cuda": 65536}  # of a batch, padding counted
 
 
 class Classifier:
@@ -48,7 +48,7 @@ class Classifier:
         folder: the output folder of the training.
         model: base model to use instead of the one that the folder names (it may have moved).
         max_length: most tokens of an example, if other than in training.
-        batch_size: examples of a batch; None: so many as have TOKENS tokens.
+        batch_size: examples of a batch; None: so many as have TOKENS tokens of the device.
         use_cpu: stay on the CPU where there is a GPU.
         compute_dtype: of the model on a CPU, "float32" or "bfloat16"; None: bfloat16 where the
             processor is found to multiply it faster and the model is in float32.
@@ -165,7 +165,7 @@ class Classifier:
         examples = self.formulation.encode(self.tokenizer, rows, labels=None, origin=origin)
         out = np.zeros((len(examples), len(self.labels)), dtype=np.float32)
         collate = Collator(self.tokenizer)
-        parts = batches_by_length(examples, self.batch_size, TOKENS)
+        parts = batches_by_length(examples, self.batch_size, tokens_on(self.device))
         for index in tqdm(parts, desc="Predicting", disable=not progress):
             batch = {k: v.to(self.device) for k, v in collate([examples[i] for i in index]).items()}
             if not isinstance(self.model, PeftModel):
@@ -185,6 +185,11 @@ class Classifier:
         for `probabilities`.
         """
         yield from predictions(self.probabilities(rows, progress, origin), self.labels)
+
+
+def tokens_on(device: torch.device, most: dict[str, int] = TOKENS) -> int:
+    """Tokens of a batch on a device; what is no CPU has what CUDA has."""
+    return most.get(device.type, most["cuda"])
 
 
 def batches_by_length(examples: list[dict], size: int | None, tokens: int) -> list[np.ndarray]:
