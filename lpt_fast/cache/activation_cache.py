@@ -295,8 +295,13 @@ class ActivationCache(Filling):
     @property
     def in_memory(self) -> bool:
         """Whether batches for the CPU come out of memory: a tenth of a millisecond each."""
+        return not self.on_disk and self._reader.device.type == "cpu"
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether batches are read from files that memory has no room for."""
         self._opened()
-        return self._reader.device.type == "cpu" and self._reader.plan.tier != "disk"
+        return self._reader.plan.tier == "disk"
 
     def reading_aside(self) -> Callable[..., Callable[[], PackedBatch]]:
         """For a thread that reads ahead: a function `ask(rows, room=, dtype=)` that reads as `read`

@@ -97,19 +97,55 @@ def adapt(x: Tensor, outs: list[Tensor], parts: list[list[Part]]) -> list[Tensor
         return outs
     chosen = sorted({i for i, _, _ in plain})
     dtype = outs[chosen[0]].dtype
-    weights = [part.weights(dtype) for _, part, _ in plain]
-    items = [(chosen.index(i), part.update.scaling, place) for i, part, place in plain]
-    flat = (*(outs[i] for i in chosen), *(a for a, _ in weights), *(b for _, b in weights))
+    items, downs, ups = [], [], []
+    for run in _runs(plain):
+        (i, part, first), last = run[0], run[-1][2]
+        own = [part.weights(dtype) for _, part, _ in run]
+        place = slice(first.start, last.stop)
+        items.append((chosen.index(i), part.update.scaling, place))
+        for kept, matrices in ((downs, [a for a, _ in own]), (ups, [b for _, b in own])):
+            kept.append(matrices[0] if len(run) == 1 else torch.stack(matrices))
     with without_autocast(x):
+        flat = (*(outs[i] for i in chosen), *downs, *ups)
         made = _Adapt.apply(x.to(dtype), items, len(chosen), *flat)
     for i, out in zip(chosen, made, strict=True):
         outs[i] = out
     return outs
 
 
+def _runs(items: list[tuple[int, Part, slice]]) -> list[list[tuple[int, Part, slice]]]:
+    """Updates of one product whose rows stand one after another and are as many, of one rank and
+    scale: their products are made at once.
+    """
+    runs: list[list] = []
+    for i, part, place in items:
+        if runs:
+            before, other, end = runs[-1][-1]
+            alike = (
+                before == i
+                and end.stop == place.start
+                and end.stop - end.start == place.stop - place.start
+                and other.update.scaling == part.update.scaling
+                and other.update.lora_A.weight.shape == part.update.lora_A.weight.shape
+            )
+            if alike:
+                runs[-1].append((i, part, place))
+                continue
+        runs.append([(i, part, place)])
+    return runs
+
+
+def _by_adapter(x: Tensor, like: Tensor) -> Tensor:
+    """Rows [n, D] as the products with a matrix take them, or with one for each adapter,
+    [adapters, n / adapters, D].
+    """
+    return x if like.dim() == 2 else x.view(len(like), -1, x.shape[1])
+
+
 class _Adapt(torch.autograd.Function):
     """out + scale (x A^T) B^T, in the memory of out, for products of one x. Each item has the
-    number of its out, its scale and the rows that are meant.
+    number of its out, its scale and the rows that are meant; A and B are matrices, or one for each
+    of several adapters, which have the same number of these rows.
     """
 
     @staticmethod
@@ -118,8 +154,9 @@ class _Adapt(torch.autograd.Function):
         outs, downs, ups = tensors[:count], tensors[count : count + n], tensors[count + n :]
         inner = []
         for (i, scale, place), a, b in zip(items, downs, ups, strict=True):
-            u = torch.mm(x[place], a.t())  # [n, r]
-            outs[i][place].addmm_(u, b.t(), alpha=scale)
+            u = torch.matmul(_by_adapter(x[place], a), a.mT)  # [n, r]
+            out = _by_adapter(outs[i][place], a)
+            (out.addmm_ if a.dim() == 2 else out.baddbmm_)(u, b.mT, alpha=scale)
             inner.append(u)
         ctx.items = items
         ctx.mark_dirty(*outs)
@@ -133,20 +170,21 @@ class _Adapt(torch.autograd.Function):
         n = len(ctx.items)
         x, *rest = ctx.saved_tensors
         inner, downs, ups = rest[:n], rest[n : 2 * n], rest[2 * n :]
-        whole = all(len(u) == len(x) for u in inner)
+        whole = all(place.stop - place.start == len(x) for _, _, place in ctx.items)
         dx, d_downs, d_ups = None, [], []
         if ctx.needs_input_grad[0] and not whole:
             dx = torch.zeros_like(x)
         for (i, scale, place), u, a, b in zip(ctx.items, inner, downs, ups, strict=True):
-            grad = grads[i][place]
-            h = torch.mm(grad, b).mul_(scale)  # [n, r]
-            d_ups.append(torch.mm(grad.t(), u).mul_(scale))
-            d_downs.append(torch.mm(h.t(), x[place]))
+            grad = _by_adapter(grads[i][place], a)
+            h = torch.matmul(grad, b).mul_(scale)  # [n, r]
+            d_ups.append(torch.matmul(grad.mT, u).mul_(scale))
+            d_downs.append(torch.matmul(h.mT, _by_adapter(x[place], a)))
             if ctx.needs_input_grad[0]:
                 if dx is None:
-                    dx = torch.mm(h, a)
+                    dx = torch.matmul(h, a).view(x.shape)
                 else:
-                    dx[place].addmm_(h, a)
+                    own = _by_adapter(dx[place], a)
+                    (own.addmm_ if a.dim() == 2 else own.baddbmm_)(h, a)
         return dx, None, None, *grads, *d_downs, *d_ups
 
 

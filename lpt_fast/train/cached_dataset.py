@@ -85,6 +85,11 @@ class PendingBatch:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def max_seqlen(self) -> int:
+        """Tokens of the longest text."""
+        return int(self.lengths.max())
+
     def to(self, device, **kwargs) -> PendingBatch:
         """Notes where the batch is wanted. (accelerate calls this where it would move a tensor.)"""
         self._device = torch.device(device)

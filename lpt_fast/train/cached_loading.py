@@ -21,6 +21,8 @@ from .projections import Projections, hold
 logger = logging.getLogger(__name__)
 
 BUILD_WAIT = 24 * 3600.0  # seconds; another run that fills the same cache saves us the work
+IN_A_ROW = 8  # batches that are made one after another, at most,
+ROW_BYTES = 2**25  # and what they may take
 REMEMBERED = 8  # data sets whose rows are known without asking again
 
 
@@ -130,12 +132,14 @@ class CachedLoading:
                 self.data_collator = WithReadout(own, self._late_prompt.causal_lm)
         else:
             kept = self._kept(dataset, description)
-            quick = Padding(own) if Padding.fits(own) else own
-            collator = quick
+            quick = Padding(own) if Padding.fits(own) else None
+            collator = quick or own
             if kept is dataset:  # no data set that removed them by itself
-                collator = self._get_collator_with_removed_columns(quick, description)
+                collator = self._get_collator_with_removed_columns(collator, description)
+                if quick is not None and self.args.remove_unused_columns:
+                    quick.names = frozenset(self._signature_columns)
             cache, keys = self._keys_of(dataset, kept)
-            self.data_collator = self._cached_collator(collator, cache)
+            self.data_collator = self._cached_collator(collator, cache, quick)
             if description == "Training" and self.is_in_train:
                 self._let_go()
                 self._holding = self.data_collator
@@ -151,13 +155,29 @@ class CachedLoading:
         finally:
             self.data_collator = own
 
-    def _cached_collator(self, collator, cache: ActivationCache) -> CachedCollator:
+    def _batches_in_a_row(self, stock) -> int:
+        """Several, where none draws random numbers, waits for a disk or takes much memory."""
+        collate, dataset = stock.collate_fn, stock.dataset
+        quick = isinstance(collate, CachedCollator) and collate.quick is not None
+        if not quick or stock.num_workers or not _is_plain(dataset.dataset):
+            return 1
+        cache = collate.cache
+        if cache.on_disk:
+            return 1
+        tokens = self._train_batch_size * float(cache.lengths.mean())
+        size = tokens * self._late_prompt.backbone.config.hidden_size * 4
+        return max(1, min(IN_A_ROW, int(ROW_BYTES / size)))
+
+    def _cached_collator(
+        self, collator, cache: ActivationCache, quick: Padding | None = None
+    ) -> CachedCollator:
         late = self._late_prompt
         config = late.active_config
         dtype = rows_dtype(late, config.insertion_layer)
         how = {"room": config.num_virtual_tokens, "dtype": dtype}
         text = TextRules.of(late.backbone, late.family)
-        return CachedCollator(collator, cache, self._ahead, text, self._label_rules(), how)
+        labels = self._label_rules()
+        return CachedCollator(collator, cache, self._ahead, text, labels, how, quick=quick)
 
     def _projections(self, cache: ActivationCache, keys: np.ndarray) -> Projections | None:
         """Of the training texts, where they are wanted and there is room.
@@ -194,3 +214,14 @@ class CachedLoading:
                 f"expected {' or '.join(f'`{name}`' for name in self.label_names)}; add them, or "
                 "give a data collator that makes them."
             )
+
+
+def _is_plain(dataset) -> bool:
+    """Whether reading an example twice gives the same, and draws nothing."""
+    if type(dataset) is list:
+        return True
+    if is_datasets_available():
+        import datasets
+
+        return isinstance(dataset, datasets.Dataset) and dataset.format["type"] is None
+    return False

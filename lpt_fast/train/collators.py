@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -20,6 +20,12 @@ from .cached_dataset import TEXT, PendingBatch, ReadAhead
 from .projections import Projections
 
 IGNORED = -100  # labels that losses leave out
+_CHANGED = (
+    "The data collator (or the data set, when it was read again) gave other token ids, types, "
+    "positions or masks than those that the cached rows were computed from, expected the same; a "
+    "collator or data set that changes text, as masking at random does, must train without "
+    "activation_cache."
+)
 
 
 @dataclass(frozen=True)
@@ -63,16 +69,72 @@ class WithReadout:
         return batch
 
 
+@dataclass
+class Flat:
+    """Texts one after another, without padding, and what else examples hold.
+
+    Attributes:
+        names: of all, in the order of the examples.
+        lengths: int64 [B].
+        texts: of TEXT, int64 [T] each; without attention_mask where all of it is one.
+        numbers: one a text, [B] each.
+    """
+
+    names: list[str]
+    lengths: np.ndarray
+    texts: dict[str, np.ndarray]
+    numbers: dict[str, Tensor]
+
+
+def flat(examples: list, names: Collection[str] | None = None) -> Flat | None:
+    """Texts as lists of numbers, and numbers, of examples; None for examples that hold anything
+    else.
+
+    Args:
+        examples: dictionaries with the same names.
+        names: those that count; None: all.
+    """
+    first = examples[0]
+    if not isinstance(first, Mapping) or type(first.get("input_ids")) is not list:
+        return None
+    kind, keys = type(first), first.keys()
+    if any(type(e) is not kind or e.keys() != keys for e in examples):
+        return None
+    lengths = np.array([len(e["input_ids"]) for e in examples])
+    sizes, total = lengths.tolist(), int(lengths.sum())
+    found = Flat([n for n in first if names is None or n in names], lengths, {}, {})
+    for name in found.names:
+        values = [e[name] for e in examples]
+        if name in _FLAT:
+            if any(type(v) is not list or len(v) != n for v, n in zip(values, sizes)):  # noqa: B905
+                return None
+            if name == "attention_mask" and all(v.count(1) == len(v) for v in values):
+                continue
+            if name == "token_type_ids" and not any(map(any, values)):
+                found.texts[name] = np.zeros(total, np.int64)
+                continue
+            found.texts[name] = np.fromiter(chain.from_iterable(values), np.int64, total)
+        elif all(type(v) in (int, float, bool) for v in values):
+            found.numbers[name] = torch.tensor(values)
+        else:
+            return None
+    return found
+
+
+_FLAT = ("input_ids", "attention_mask", "token_type_ids")  # as tokenizers pad them
+
+
 class Padding:
     """What DataCollatorWithPadding gives for texts as lists of numbers, made at once: tokenizers
     walk through every number in Python, which takes a tenth of a step from the cache.
 
     Args:
         stock: the collator, which is asked for everything else.
+        names: columns of the examples that it gets; None: all.
     """
 
-    def __init__(self, stock: DataCollatorWithPadding):
-        self.stock = stock
+    def __init__(self, stock: DataCollatorWithPadding, names: Collection[str] | None = None):
+        self.stock, self.names = stock, names
 
     @staticmethod
     def fits(collator) -> bool:
@@ -87,30 +149,44 @@ class Padding:
     def __call__(self, examples: list):
         """The batch of the stock collator."""
         batch = pad(examples, self.stock.tokenizer)
-        if batch is None:
-            return self.stock(examples)
-        for name in ("label", "label_ids"):
-            if name in batch:
-                batch["labels"] = batch.pop(name)
-        return batch
+        return self.stock(examples) if batch is None else _renamed(batch)
+
+    def flat(self, examples: list) -> tuple[Flat, dict[str, Tensor]] | None:
+        """The batch without padding, and what is no text of it; None where tokens are masked out,
+        or examples hold other things than numbers.
+        """
+        tokenizer = self.stock.tokenizer
+        found = flat(examples, self.names)
+        if found is None or tokenizer.pad_token_id is None:
+            return None
+        if "attention_mask" not in (*found.names, *tokenizer.model_input_names):
+            return None  # the model sees padding
+        if "attention_mask" in found.texts or any(name in found.numbers for name in TEXT):
+            return None
+        return found, _renamed(found.numbers)
+
+
+def _renamed(batch: dict) -> dict:
+    """As DataCollatorWithPadding names labels."""
+    for name in ("label", "label_ids"):
+        if name in batch:
+            batch["labels"] = batch.pop(name)
+    return batch
 
 
 def pad(examples: list, tokenizer) -> dict[str, Tensor] | None:
     """Texts and numbers of examples as tensors, int64 [B, S] and [B], as `tokenizer.pad` gives
     them with `return_tensors="pt"`; None for examples that hold anything else.
     """
-    first = examples[0]
     fills = {
         "input_ids": tokenizer.pad_token_id,
         "attention_mask": 0,
         "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0),
     }
-    if not isinstance(first, Mapping) or not isinstance(first.get("input_ids"), list):
+    found = None if fills["input_ids"] is None else flat(examples)
+    if found is None:
         return None
-    names = list(first)
-    if fills["input_ids"] is None or any(list(e) != names for e in examples):
-        return None
-    lengths = np.array([len(e["input_ids"]) for e in examples])
+    lengths = found.lengths
     shape = (len(examples), int(lengths.max()))
     place = np.arange(shape[1])
     if tokenizer.padding_side == "left":
@@ -118,18 +194,13 @@ def pad(examples: list, tokenizer) -> dict[str, Tensor] | None:
     else:
         mask = place < lengths[:, None]
     batch = {}
-    for name in names:
-        values = [e[name] for e in examples]
-        if name in fills:
-            if any(type(v) is not list or len(v) != n for v, n in zip(values, lengths)):  # noqa: B905
-                return None
-            full = np.full(shape, fills[name], np.int64)
-            full[mask] = np.fromiter(chain.from_iterable(values), np.int64, int(lengths.sum()))
-            batch[name] = torch.from_numpy(full)
-        elif all(type(v) in (int, float, bool) for v in values):
-            batch[name] = torch.tensor(values)
-        else:
-            return None
+    for name in found.names:
+        if name in found.numbers:
+            batch[name] = found.numbers[name]
+            continue
+        full = np.full(shape, fills[name], np.int64)
+        full[mask] = found.texts.get(name, 1)
+        batch[name] = torch.from_numpy(full)
     if "attention_mask" not in batch and "attention_mask" in tokenizer.model_input_names:
         batch["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
     return batch
@@ -140,6 +211,7 @@ class CachedCollator:
 
     Args:
         collator: the user's; gets the examples as from the data set itself.
+        quick: gives what the collator gives, without padding, where that is known; or None.
         cache: of the rows.
         ahead: reads them; in the worker processes of a DataLoader they are read at once.
         text: rules of the model's texts.
@@ -157,8 +229,9 @@ class CachedCollator:
         labels: LabelRules,
         how: dict,
         projections: Projections | None = None,
+        quick: Padding | None = None,
     ):
-        self.collator, self.cache, self.ahead = collator, cache, ahead
+        self.collator, self.cache, self.ahead, self.quick = collator, cache, ahead, quick
         self.text, self.labels, self.how = text, labels, how
         self.projections = projections
         self._own: ActivationCache | None = None
@@ -176,14 +249,7 @@ class CachedCollator:
             CacheError: as of `ActivationCache.read`.
         """
         keys = np.stack([key for key, _ in items])
-        batch = self.collator([example for _, example in items])
-        if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
-            got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-            raise ValueError(
-                f"The data collator gave {got}, expected a mapping with `input_ids` as a tensor "
-                "[B, S], which are compared with the cache's; leave the text in the batch, or "
-                "train without activation_cache."
-            )
+        examples = [example for _, example in items]
         cache, ahead = self.cache, self.ahead
         if get_worker_info() is not None:
             # A fork shares files, locks and a GPU with its parent, so each worker has its own.
@@ -192,16 +258,15 @@ class CachedCollator:
         rows = cache.find(keys)
         if (rows < 0).any():
             cache.read(keys)  # says what is missing
-        mask = mask_of(batch)
-        self._check_text(batch, mask, cache, rows)
-        lengths = cache.lengths[rows]
+        # (Places in the text are counted with padding on the left, which is refused.)
+        quick = None if self.quick is None or self.labels.places else self.quick.flat(examples)
         out = {CACHED: None}
-        out.update((name, value) for name, value in batch.items() if name not in TEXT)
-        self._align(out, mask, lengths)
-        if self.labels.readout and READOUT not in out:
-            place = find_readout(batch.get("labels"), mask, self.labels.causal)
-            if place is not None:
-                out[READOUT] = place
+        if quick is not None:
+            texts, numbers = quick
+            self._check_text(texts.lengths, texts.texts, cache, rows)
+            out.update((name, value) for name, value in numbers.items() if name not in TEXT)
+        else:
+            out.update(self._collated(examples, cache, rows))
         if ahead is None:
             out[CACHED] = cache.read(rows, **self.how)
             return out
@@ -213,32 +278,56 @@ class CachedCollator:
             out[CACHED] = replace(batch, held=held)
         return out
 
-    def _check_text(self, batch: Mapping, mask: Tensor, cache, rows: np.ndarray) -> None:
-        """Raises ValueError unless the batch's text is, token by token, what the rows are of."""
+    def _collated(self, examples: list, cache, rows: np.ndarray) -> dict:
+        """What the user's collator gives beside the text, in the form of the cache's batches."""
+        batch = self.collator(examples)
+        if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+            got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+            raise ValueError(
+                f"The data collator gave {got}, expected a mapping with `input_ids` as a tensor "
+                "[B, S], which are compared with the cache's; leave the text in the batch, or "
+                "train without activation_cache."
+            )
+        mask = mask_of(batch)
+        if mask.dim() != 2 or len(mask) != len(rows):
+            raise ValueError(_CHANGED)
+        texts = {}
+        for name in TEXT:
+            value = batch.get(name)
+            if isinstance(value, Tensor):
+                # (Ids in another form are those of no text.)
+                texts[name] = value[mask].numpy() if value.shape == mask.shape else None
+        self._check_text(mask.sum(1).numpy(), texts, cache, rows)
+        out = {name: value for name, value in batch.items() if name not in TEXT}
+        self._align(out, mask, cache.lengths[rows])
+        if self.labels.readout and READOUT not in out:
+            place = find_readout(batch.get("labels"), mask, self.labels.causal)
+            if place is not None:
+                out[READOUT] = place
+        return out
+
+    def _check_text(self, lengths: np.ndarray, texts: Mapping, cache, rows: np.ndarray) -> None:
+        """Raises ValueError unless texts are, token by token, what the rows are of.
+
+        Args:
+            lengths: of each text.
+            texts: of TEXT, one number a token, [T]; None: in no form that can be.
+        """
         table = cache.table
-        tokens = table.tokens_of(rows)
         none = {"input_ids": -1, "position_ids": -1}
         if self.text.takes_types:
             none["token_type_ids"] = 0 if self.text.zero_types else -1
-
-        def equal(name: str) -> bool:
-            given, kept = batch.get(name), getattr(table, name)
-            if isinstance(given, Tensor) and given.shape != mask.shape:
-                return False
+        same = np.array_equal(lengths, table.length[rows])
+        tokens = table.tokens_of(rows) if same else None
+        for name, missing in none.items():
             # A number stands for all tokens of texts without such ids.
-            given = given[mask].numpy() if isinstance(given, Tensor) else none[name]
-            kept = none[name] if kept is None else kept[tokens].astype(np.int64)
-            return bool(np.all(given == np.where(kept == -1, none[name], kept)))
-
-        same = mask.dim() == 2 and len(mask) == len(rows)
-        same = same and np.array_equal(mask.sum(1).numpy(), table.length[rows])
-        if not (same and all(map(equal, none))):
-            raise ValueError(
-                "The data collator (or the data set, when it was read again) gave other token ids, "
-                "types, positions or masks than those that the cached rows were computed from, "
-                "expected the same; a collator or data set that changes text, as masking at random "
-                "does, must train without activation_cache."
-            )
+            given, kept = texts.get(name, missing), getattr(table, name)
+            if not same or given is None:
+                raise ValueError(_CHANGED)
+            kept = missing if kept is None else kept[tokens].astype(np.int64)
+            same = bool(np.all(given == np.where(kept == -1, missing, kept)))
+        if not same:
+            raise ValueError(_CHANGED)
 
     def _align(self, out: dict, mask: Tensor, lengths: np.ndarray) -> None:
         """Brings what the collator gave for each token into the form of the cache's batches, which

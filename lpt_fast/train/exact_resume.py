@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from datetime import timedelta
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +66,22 @@ class _Items(Dataset):
 class _AheadLoader(DataLoader):
     """Makes a batch before the one ahead of it is used, as Accelerate's loaders do: rows of a cache
     are read meanwhile.
+
+    Attributes:
+        in_a_row: how many batches are made one after another. (Between two steps the processor has
+            forgotten how it is done, and takes three times as long.)
     """
 
+    in_a_row: int = 1
+
     def __iter__(self):
-        batches = super().__iter__()
-        ahead = next(batches, None)
-        for batch in batches:
-            yield ahead
-            ahead = batch
-        if ahead is not None:
-            yield ahead
+        batches, waiting = super().__iter__(), deque()
+        while True:
+            if len(waiting) < 2:
+                waiting.extend(islice(batches, max(self.in_a_row, 2 - len(waiting))))
+            if not waiting:
+                return
+            yield waiting.popleft()
 
 
 class CountedTraining(RecordedTraining):
@@ -156,12 +164,18 @@ class CountedTraining(RecordedTraining):
                     batch["labels"] = torch.full_like(batch["labels"], -100)
             return batch
 
-        return _AheadLoader(
+        loader = _AheadLoader(
             _Items(stock.dataset),
             batch_sampler=self._shared,
             collate_fn=weighted,
             **{name: getattr(stock, name) for name in _LOADER if hasattr(stock, name)},
         )
+        loader.in_a_row = self._batches_in_a_row(stock)
+        return loader
+
+    def _batches_in_a_row(self, stock: DataLoader) -> int:
+        """How many batches of a DataLoader may be made before the first of them is used."""
+        return 1
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As Trainer's; a part of a batch counts by its examples."""

@@ -4,11 +4,13 @@ it does for them: with few trained parameters and rows from a cache they took a 
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
+from accelerate import DistributedType
 
 from ..backbone.watch import Watch
+from .kept_memory import kept_memory
 
 
 class QuickSteps:
@@ -43,8 +45,10 @@ class QuickSteps:
                     p.grad = None
 
         model.__dict__["zero_grad"] = zero_grad
+        on_cpu = self.args.device.type == "cpu"
         try:
-            return super()._inner_training_loop(*args, **kwargs)
+            with kept_memory() if on_cpu else nullcontext():
+                return super()._inner_training_loop(*args, **kwargs)
         finally:
             model.__dict__.pop("zero_grad", None)
 
@@ -74,15 +78,28 @@ class QuickSteps:
         """As Trainer's, which counts the parameters again in each step: here those of a token, once
         a training.
         """
-        name = getattr(self.model, "main_input_name", "input_ids")
         if self._operations is None:
+            name = self._main_input
             self._operations = super().floating_point_ops({name: torch.empty(1, device="meta")})
-        return self._operations * inputs[name].numel() if name in inputs else 0
+        return self._operations * self._tokens_in(inputs)
+
+    @property
+    def _main_input(self) -> str:
+        return getattr(self.model, "main_input_name", "input_ids")
+
+    def _tokens_in(self, inputs) -> int:
+        """Tokens of a batch, padding among them."""
+        return inputs[self._main_input].numel() if self._main_input in inputs else 0
 
     def _clip_grad_norm(self, model):
         if not self._has_all(model):
             return super()._clip_grad_norm(model)
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self.accelerator.distributed_type == DistributedType.NO:
+            # What Accelerate does then, after it has looked whether it is so, for a tenth of a
+            # millisecond.
+            self.accelerator.unscale_gradients()
+            return torch.nn.utils.clip_grad_norm_(trained, self.args.max_grad_norm)
         return self.accelerator.clip_grad_norm_(trained, self.args.max_grad_norm)
 
     def _has_all(self, model) -> bool:

@@ -319,22 +319,15 @@ class LPTTrainer(CachedLoading, ComputingTraining, QuickSteps, CountedTraining, 
     # -- Trainer's numbers, which it takes from input_ids ------------------------------------------
 
     @property
-    def _main_input(self) -> str:
-        return getattr(self.model, "main_input_name", "input_ids")
-
-    @property
     def _pad_token(self) -> int:
         own = getattr(self.processing_class, "pad_token_id", None)
         return own if own is not None else getattr(self.model.config, "pad_token_id", None) or 0
 
-    def _sizes(self, inputs) -> dict:
-        """Stand-ins for the text of a batch, of which nothing but the size is looked at."""
+    def _tokens_in(self, inputs) -> int:
         batch = inputs.get(CACHED)
-        if not isinstance(batch, PackedBatch | PendingBatch):
-            return inputs
-        lengths = torch.as_tensor(batch.lengths)
-        mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
-        return {self._main_input: torch.empty(mask.shape, device="meta"), "attention_mask": mask}
+        if isinstance(batch, PackedBatch | PendingBatch):
+            return len(batch) * batch.max_seqlen
+        return super()._tokens_in(inputs)
 
     # -- losses that are no numbers ----------------------------------------------------------------
 
@@ -360,11 +353,17 @@ class LPTTrainer(CachedLoading, ComputingTraining, QuickSteps, CountedTraining, 
     def floating_point_ops(self, inputs) -> int:
         """As Trainer's, which counts all layers for all tokens and padding, cached or not."""
         self._filter_again()  # (it is what the loop asks for next)
-        return super().floating_point_ops(self._sizes(inputs))
+        return super().floating_point_ops(inputs)
 
     def _track_num_input_tokens(self, inputs) -> None:
         if self.args.include_num_input_tokens_seen != "no":
-            super()._track_num_input_tokens(self._sizes(inputs))
+            batch = inputs.get(CACHED)
+            if isinstance(batch, PackedBatch | PendingBatch):  # nothing but sizes is looked at
+                lengths = torch.as_tensor(batch.lengths)
+                places = torch.arange(batch.max_seqlen, device=lengths.device)
+                text = torch.empty(len(batch), batch.max_seqlen, device="meta")
+                inputs = {self._main_input: text, "attention_mask": places < lengths[:, None]}
+            super()._track_num_input_tokens(inputs)
 
 
 def find_late_prompt(model: nn.Module) -> LatePrompt:
