@@ -33,6 +33,7 @@ class Texts:
         classes: how many there are.
         origin: where they come from, in words.
         pad_id: token id of padding.
+        tokenizer: that made them, or None.
     """
 
     examples: list[dict]
@@ -40,6 +41,7 @@ class Texts:
     classes: int
     origin: str
     pad_id: int = 0
+    tokenizer: object = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -73,7 +75,7 @@ def real_texts(source: Source, task: str, rows: int | None = None, split: str = 
     known = sorted({*names, *_labels_of(source.data / task / "train.tsv")})
     labels = torch.tensor([known.index(name) for name in names])
     pad = source.tokenizer.pad_token_id or 0
-    return Texts(examples, labels, len(known), f"{task}/{split}.tsv", pad)
+    return Texts(examples, labels, len(known), f"{task}/{split}.tsv", pad, source.tokenizer)
 
 
 def _labels_of(path: Path) -> set[str]:

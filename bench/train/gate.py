@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from ..data import Figure, require, temporary
-from .contestants import LATE, OWN_BF16, RECIPES
+from .contestants import LATE, LPTRAINER, OWN_BF16, RECIPES
 from .data import Texts
 from .models import Rows, Zoo
 from .rows import fill_cache
+from .whole_loop import WholeLoop
 
 EXACT, TIMES = 1e-5, 2.0
 # A loss may be right by luck; one rounding to bf16 is allowed in any case.
@@ -83,6 +84,10 @@ class LateGate:
         return allowed_by(errors(name, self._gradients(name), self.references["recipe"]))
 
     def _gradients(self, name: str, rows: Rows | None = None, exact: bool = False):
+        if name == LPTRAINER:
+            with temporary() as folder:
+                loop = WholeLoop(self.zoo, self.texts, self.k, rows, folder)
+                return loop.gradients(self.batch)
         made = self.zoo.contestant(name, self.k, self.texts, rows, exact)
         if made.graphs is None:
             return made.gradients(self.batch)
@@ -106,7 +111,7 @@ class LateGate:
         reference = self._reference(name)
         zoo, k, label = self.zoo, self.k, f"{name}, k = {self.k}"
         allowed, store = self.allowed, "bf16" if zoo.dtype == "bf16" else "fp32"
-        if name in OWN_BF16:
+        if name in (*OWN_BF16, LPTRAINER):
             allowed, store = self._allowed_by("recipe_autocast"), "bf16"
         with temporary() as folder:
             rows = fill_cache(zoo, self.texts, np.unique(self.batch), k, folder, store).rows

@@ -66,6 +66,7 @@ def main(
 
     need_peft()
     from ..data import Recorder, ends_where_wrong
+    from .contestants import called
     from .run import Bench, Settings
 
     quiet()
@@ -85,7 +86,8 @@ def main(
             dtype=dtype,
             store=store,
             device=device,
-            contestants=None if contestants is None else tuple(contestants.split(",")),
+            contestants=contestants
+            and tuple(called(name, dtype, device) for name in contestants.split(",")),
             steps=steps or (3 if quick else 30),
             warmup=1 if quick else 3,
             rows=rows or (64 if quick else None),

@@ -8,31 +8,35 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..data import Figure, Source, WrongResult, temporary
-from ..timing import percentiles
-from .contestants import HALF, HELD, HOLDS, LATE, LORA, OURS, OWN_BF16, RECIPES, contestants_of
+from .contestants import (
+    HALF,
+    LATE,
+    LPTRAINER,
+    OURS,
+    OWN_BF16,
+    contestants_of,
+)
 from .data import drawn_texts, padding_ratio, plan_batches, real_texts
-from .flops import matmul_rate, necessary_flops
 from .gate import LateGate, check_other
 from .memory import LOAD, LOAD_HALF, peak_bytes, write_job
 from .models import Contestant, Zoo
 from .rows import Filled, fill_cache, fill_features
 from .settings import Settings
-from .targets import LORA_AT_MOST, payback, target_of
+from .step_figures import MIB, StepFigures
+from .whole_loop import TURN, WholeLoop
 
-RIVALS = ("recipe", "recipe_bf16", "recipe_autocast", "lora", "lora_bf16", "lora_autocast")
 MEMORY_STEPS = 3
 GATE_TEXTS = {"cpu": 32, "cuda": 256}  # at the most
-MIB = 2**20
 
 
-class Bench:
+class Bench(StepFigures):
     """One run of the benchmark."""
 
     def __init__(self, settings: Settings):
@@ -200,6 +204,8 @@ class Bench:
         only = self.settings.contestants
         names = contestants_of(self.settings.dtype, self.settings.device)
         names = [(n, each) for n, each in names if only is None or n in only]
+        if self.settings.batch_tokens:  # which a Trainer's batches cannot be made by
+            names = [(n, each) for n, each in names if n != LPTRAINER]
         late = [(n, k) for k in self.settings.layers for n, each in names if each]
         return late + [(n, None) for n, each in names if not each]
 
@@ -221,6 +227,8 @@ class Bench:
             loaded[True] = peak_bytes(job, LOAD_HALF, None, None)
         found = {}
         for name, k in self._who:
+            if name == LPTRAINER:  # it takes what its step takes
+                continue
             cache = str(Path(self.folder, f"k{k}")) if name in LATE and LATE[name][1] else None
             peak = peak_bytes(job, name, k, cache)
             found[name, k] = peak - loaded[half and name in HALF]
@@ -237,6 +245,10 @@ class Bench:
             rows = self._rows_of(name, k)
             half = self.settings.dtype == "bf16" and name in HALF
             model = self.zoo.base(half)
+            if name == LPTRAINER:
+                folder = str(Path(self.folder, f"loop{k}"))
+                made.append(WholeLoop(self.zoo, self.texts, k, rows, folder))
+                continue
             if counted:
                 torch.cuda.synchronize()
                 before = torch.cuda.memory_allocated()
@@ -254,13 +266,26 @@ class Bench:
     def _time(self, contestants: list[Contestant]) -> None:
         """Each batch is a round: all train on it, in an order that is one further each time."""
         gc.collect()
-        warmup = self.settings.warmup
-        for turn, batch in enumerate(self.batches):
-            first = turn % len(contestants)
-            for contestant in contestants[first:] + contestants[:first]:
-                took = self._timed(contestant, batch)
-                if turn >= warmup:
-                    contestant.seconds.append(took)
+        bare = [c for c in contestants if c.name != LPTRAINER]
+        loops = [c for c in contestants if c.name == LPTRAINER]
+        for loop in loops:  # with those of its k, and those without
+            own = [c for c in bare if c.k in (None, loop.k)]
+            size, turns = self.settings.batch_size, len(self.batches)
+            loop.run(size, turns, self.settings.warmup, partial(self._round, own, quick=TURN))
+        left = [c for c in bare if not c.seconds]
+        for turn in range(len(self.batches)) if left else ():
+            self._round(left, turn)
+
+    def _round(self, contestants: list[Contestant], turn: int, quick: int = 1) -> None:
+        """A step of each; of OWN_BF16 several, one after another as in a training."""
+        first, batch = turn % len(contestants), self.batches[turn]
+        for contestant in contestants[first:] + contestants[:first]:
+            batches = [batch]
+            if contestant.name in OWN_BF16:
+                batches = [self.batches[(turn + i) % len(self.batches)] for i in range(quick)]
+            took = statistics.mean(self._timed(contestant, own) for own in batches)
+            if turn >= self.settings.warmup:
+                contestant.seconds.append(took)
 
     def _timed(self, contestant: Contestant, batch: np.ndarray) -> float:
         on_gpu = self.zoo.place.type == "cuda"
@@ -271,118 +296,6 @@ class Bench:
         if on_gpu:
             torch.cuda.synchronize()
         return time.perf_counter() - start
-
-    def _step_figures(self, contestants, peaks: dict[tuple, int]) -> Iterator[Figure]:
-        lengths = self.texts.lengths
-        tokens = [int(lengths[rows].sum()) for rows in self.batches[self.settings.warmup :]]
-        for c in contestants:
-            spread = percentiles(c.seconds)
-            rates = [n / t for n, t in zip(tokens, c.seconds, strict=True)]
-            details = {
-                "p20": 1e3 * spread["p20"],
-                "p80": 1e3 * spread["p80"],
-                "epoch_s": spread["p50"] * self.epoch_steps,
-                "tokens_a_second": statistics.median(rates),
-                "trainable": c.trainable,
-            }
-            if c.rows is not None and c.rows.held is not None:
-                # Of the rows of the cache; all texts have so many times their tokens.
-                times = float(lengths.sum() / lengths[c.rows.computed].sum())
-                details["held_MiB"] = c.rows.held.bytes * times / MIB
-                details["held_s"] = c.rows.held_seconds * times
-            if (c.name, c.k) in peaks:
-                details["peak_MiB"] = peaks[c.name, c.k] / MIB
-            yield Figure("step", c.label, 1e3 * spread["p50"], "ms", details=details)
-
-    def _ratios(self, contestants: list[Contestant]) -> Iterator[Figure]:
-        s = self.settings
-        by = {(c.name, c.k): c for c in contestants}
-        for k in s.layers:
-            yield from self._beside_held(k, by)
-            for name in OURS:
-                own = by.get((name, k))
-                for other in RIVALS:
-                    them = by.get((other, k if other in LATE else None))
-                    if own is None or them is None:
-                        continue
-                    rounds = [a / b for a, b in zip(them.seconds, own.seconds, strict=True)]
-                    target = None
-                    if s.model is None and not s.quick:
-                        target = target_of(s.encoder, k, s.device, s.dtype, other, name)
-                    yield Figure(
-                        "ratio",
-                        f"{other} over {own.label}",
-                        statistics.median(them.seconds) / statistics.median(own.seconds),
-                        "x",
-                        target,
-                        True,
-                        {"median_of_rounds": statistics.median(rounds)},
-                    )
-
-    def _beside_held(self, k: int, by: dict) -> Iterator[Figure]:
-        """Late LoRA over the prompt alone, both as LPTTrainer runs them."""
-        alone = by.get((HELD, k)) or by.get(("cached_packed", k))
-        for name in RECIPES:
-            own = by.get((name, k))
-            if own is not None and alone is not None:
-                ratio = statistics.median(own.seconds) / statistics.median(alone.seconds)
-                label = f"{own.label} over {alone.label}"
-                yield Figure("late LoRA", label, ratio, "x", LORA_AT_MOST, False)
-
-    def _paybacks(self, contestants: list[Contestant]) -> Iterator[Figure]:
-        epoch = {
-            (c.name, c.k): statistics.median(c.seconds) * self.epoch_steps for c in contestants
-        }
-        for k in self.settings.layers:
-            build, cached = self.filled[k].whole, epoch.get(("cached_packed", k))
-            for other in ("uncached", "recipe"):
-                if cached is None or (other, k) not in epoch:
-                    continue
-                yield Figure(
-                    "payback",
-                    f"epochs until the cache is paid for, beside {other}, k = {k}",
-                    payback(build, epoch[other, k], cached),
-                    "epochs",
-                    details={"build_s": build, "epoch_s": epoch[other, k], "cached_s": cached},
-                )
-
-    def _shares(self, contestants: list[Contestant]) -> Iterator[Figure]:
-        """What a step's necessary arithmetic reaches of the rate of a large matrix product."""
-        s, config = self.settings, self.zoo.config
-        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-        size = (8192 if s.device == "cuda" else 1024) if not s.quick else 256
-        rates = {n: matmul_rate(self.zoo.place, dtype, size) for n, dtype in dtypes.items()}
-        timed = self.batches[s.warmup :]
-        for c in contestants:
-            if c.name not in LATE or c.name in LORA:  # (its updates' arithmetic is not counted)
-                continue
-            rate = rates["bf16" if c.name in OWN_BF16 or c.autocast else s.dtype]
-            works = [
-                necessary_flops(
-                    self.texts.lengths[rows],
-                    m=c.model.peft_config["default"].num_virtual_tokens,
-                    width=config.hidden_size,
-                    heads=config.num_attention_heads,
-                    layers=config.num_hidden_layers,
-                    k=c.k,
-                    cached=LATE[c.name][1],
-                    held=c.name in HOLDS and s.device == "cpu",
-                )
-                for rows in timed
-            ]
-            reached = [work / t for work, t in zip(works, c.seconds, strict=True)]
-            yield Figure(
-                "share",
-                f"{c.label}: necessary arithmetic, of the matmul rate",
-                100 * statistics.median(reached) / rate,
-                "%",
-                details={
-                    "necessary_GFLOP": statistics.median(works) / 1e9,
-                    "GFLOP_a_second": statistics.median(reached) / 1e9,
-                    "matmul_GFLOP_a_second": rate / 1e9,
-                    "matmul_size": size,
-                },
-            )
 
     # -- where the time goes -----------------------------------------------------------------------
 

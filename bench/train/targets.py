@@ -21,6 +21,7 @@ BF16 = {
 }
 
 LORA_AT_MOST = 1.35  # a step with late LoRA over one of the prompt alone
+LOOP_AT_MOST = 1.05  # a step of a whole training over its own work
 
 
 def target_of(

@@ -24,7 +24,16 @@ from bench.train import models as train_models
 from bench.train import plot_steps
 from bench.train import run as train_run
 from bench.train.accuracy import Limits, seconds_to, target_accuracy, train_curve
-from bench.train.contestants import AUTOCAST, GRAPHS, OURS, OWN_BF16, RECIPES, contestants_of
+from bench.train.contestants import (
+    AUTOCAST,
+    GRAPHS,
+    LPTRAINER,
+    OURS,
+    OWN_BF16,
+    RECIPES,
+    called,
+    contestants_of,
+)
 from bench.train.data import Texts, drawn_texts, real_texts
 from bench.train.plot import draw
 from lpt_fast.cache.reader import RowReader
@@ -71,7 +80,7 @@ def test_train(source, tmp_path):
     for line in steps.values():
         assert line["p20"] <= line["value"] <= line["p80"] and line["unit"] == "ms"
         assert line["epoch_s"] == pytest.approx(line["value"] * 10 / 1e3, rel=1e-4)  # 40 texts by 4
-        assert line["tokens_a_second"] > 0 and line["machine"] and line["batch_size"] == 4
+        assert line.get("tokens_a_second", 1) > 0 and line["machine"] and line["batch_size"] == 4
     # npg (r = 128, m = 5, D = 32), pooler and classifier; LoRA (4 layers, 2 places); prompts.
     head = 32 * 32 + 32 + 2 * 32 + 2
     npg = 128 * 32 + 128 + 5 * 32 * 128 + 5 * 32
@@ -95,6 +104,9 @@ def test_train(source, tmp_path):
         wanted = steps[other]["value"] / steps[f"cached_{own}, k = 2"]["value"]
         assert line["value"] == pytest.approx(wanted, rel=1e-3)
         assert line["target"] is None  # of another model
+    (line,) = lines_of(out, "loop")
+    wanted = steps["lptrainer, k = 2"]["value"] / steps["ours_bf16, k = 2"]["value"]
+    assert line["value"] == pytest.approx(wanted, rel=1e-3) and line["target"] == 1.05
     held = {name: line for name, line in steps.items() if "held_MiB" in line}
     names = ("cached_held", "late_lora", "late_lora_bf16", "lpt_lora", "ours_bf16")
     assert sorted(held) == [f"{n}, k = 2" for n in names]
@@ -106,8 +118,9 @@ def test_train(source, tmp_path):
         wanted = pytest.approx(line["build_s"] / saved, rel=1e-2) if saved > 0 else None
         assert line["value"] == wanted
     gate = lines_of(out, "gate")
-    # Four ways and late LoRA with a prompt and alone; two in bf16; as timed; the others.
-    counts = 4 * 3 + 4 + 3, 3 + 3, 5 + 2, 5
+    # Four ways and late LoRA with a prompt and alone; two in bf16 and a whole training; as timed;
+    # the others.
+    counts = 4 * 3 + 4 + 3, 3 + 3 + 3, 5 + 2 + 1, 5
     assert len(gate) == sum(counts) and all(line["met"] for line in gate)
 
 
@@ -196,7 +209,7 @@ def test_who_is_wrong_is_not_timed(source, tmp_path, monkeypatch, broken, messag
     assert re.search(message, wrong), wrong
     timed = {line["name"].split(",")[0] for line in lines_of(out, "step")}
     names = {
-        "rows": {"cached", "cached_packed", "cached_held", *RECIPES, *OWN_BF16},
+        "rows": {"cached", "cached_packed", "cached_held", *RECIPES, *OWN_BF16, LPTRAINER},
         # (A ten-thousandth is less than bf16's rounding.)
         "packed": {"uncached", "cached_packed", "cached_held", *RECIPES},
         "lora": {"lora", "lora_autocast"},
@@ -213,7 +226,7 @@ def test_who_is_wrong_is_not_timed(source, tmp_path, monkeypatch, broken, messag
         (("--layers", "x"), "`--layers` must be numbers"),
         (("--dtype", "fp64"), "`--dtype` must be one of fp32, bf16"),
         (("--encoder", "gpt"), "`--encoder` must be one of minilm"),
-        (("--contestants", "lora_bf16"), "`--contestants` must be of recipe, uncached"),
+        (("--contestants", "cached_graphs"), "`--contestants` must be of recipe, uncached"),
         (("--task", "mr"), "There is no"),
         (("--batch_size", "41"), "`--batch_size` is 41"),
         (("--batch_tokens", "3"), "`--batch_tokens` is 3"),
@@ -300,7 +313,7 @@ def test_texts(source):
 
 def test_contestants():
     fp32, bf16 = (dict(contestants_of(dtype, "cpu")) for dtype in ("fp32", "bf16"))
-    beside = {*OWN_BF16, *AUTOCAST}
+    beside = {*OWN_BF16, *AUTOCAST, LPTRAINER}
     assert set(fp32) - set(dict(contestants_of("fp32", "cuda"))) == {"cached_held", *beside}
     assert set(bf16) - set(fp32) == {"recipe_bf16", "lora_bf16"}
     assert set(fp32) - set(bf16) == beside
@@ -313,7 +326,15 @@ def test_contestants():
         *RECIPES,
         *OWN_BF16,
         "recipe_autocast",
+        "lptrainer",
     ]
+    # What users run in bf16 on a CPU is autocast; with --dtype bf16 weights are in bf16 besides.
+    assert called("recipe_bf16", "fp32", "cpu") == "recipe_autocast"
+    assert called("lora_bf16", "fp32", "cpu") == "lora_autocast"
+    for name in ("ours_bf16", "late_lora_bf16", "recipe", "lora_autocast"):
+        assert called(name, "fp32", "cpu") == name
+    assert called("recipe_bf16", "bf16", "cpu") == called("recipe_bf16", "fp32", "cuda")
+    assert called("recipe_bf16", "bf16", "cpu") == "recipe_bf16"
 
 
 # -- time to accuracy ------------------------------------------------------------------------------
