@@ -38,7 +38,7 @@ from .model import PROMPT_TUNING_TOKENS
 
 logger = logging.getLogger(__name__)
 
-TOKENS = {"cpu": 4096, "cuda": 65536}  # of a batch, padding counted
+TOKENS = {"cpu": 4096, "cuda": 32768}  # of a batch, padding counted
 
 
 class Classifier:
@@ -188,8 +188,8 @@ class Classifier:
 
 
 def tokens_on(device: torch.device, most: dict[str, int] = TOKENS) -> int:
-    """Tokens of a batch on a device; what is no CPU has what CUDA has."""
-    return most.get(device.type, most["cuda"])
+    """Tokens of a batch on a device; one that is not known has what a CPU has."""
+    return most.get(device.type, most["cpu"])
 
 
 def batches_by_length(examples: list[dict], size: int | None, tokens: int) -> list[np.ndarray]:

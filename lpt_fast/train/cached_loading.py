@@ -162,11 +162,10 @@ class CachedLoading:
         if not quick or stock.num_workers or not _is_plain(dataset.dataset):
             return 1
         cache = collate.cache
-        if cache.on_disk:
+        if cache.on_disk or len(cache) == 0:
             return 1
         tokens = self._train_batch_size * float(cache.lengths.mean())
-        size = tokens * self._late_prompt.backbone.config.hidden_size * 4
-        return max(1, min(IN_A_ROW, int(ROW_BYTES / size)))
+        return max(1, min(IN_A_ROW, int(ROW_BYTES / (tokens * cache.stats()["width"] * 4))))
 
     def _cached_collator(
         self, collator, cache: ActivationCache, quick: Padding | None = None
