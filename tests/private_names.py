@@ -105,6 +105,11 @@ PRIVATE: dict[tuple[str, str], str] = {
     ("torch.ops.aten", "_flash_attention_forward"): "caught: the slower attention on CUDA",
     ("torch.ops.aten", "_flash_attention_backward"): "caught: the slower attention on CUDA",
     ("torch.ops.aten._flash_attention_forward.default", "_schema"): "caught: as the operator",
+    (
+        "torch.ops.mkldnn",
+        "_linear_pointwise",
+    ): "caught: bf16 on a CPU arranges weights in each step",
+    ("torch.ops.mkldnn", "_reorder_linear_weight"): "caught: as the products",
     ("torch.distributed.distributed_c10d", "_set_pg_timeout"): "AttributeError on CPU clusters",
     (
         "torch.nn.parallel.DistributedDataParallel",

@@ -7,12 +7,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from .attention import attend
 from .last_layer import attend_one
 from .low_rank import Among, LowRank, Part, adapt
-from .ops import FromPrompts, backward_of, branches
+from .ops import FromPrompts, backward_of, branches, linear
 from .plan import Plan
 
 
@@ -63,8 +62,7 @@ class Block:
 
     def product(self, role: str, x: Tensor) -> Tensor:
         """What one linear layer makes of rows x [n, D]."""
-        m = getattr(self, role)
-        return self.adapt(x, F.linear(x, m.weight, m.bias), roles=(role,))[0]
+        return self.adapt(x, linear(getattr(self, role), x), roles=(role,))[0]
 
     def products(self, x: Tensor, *roles: str, keep: bool = False) -> tuple[Tensor, ...]:
         """What several make; with `keep`, x itself first, as of `branches`."""

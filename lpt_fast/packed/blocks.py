@@ -13,7 +13,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .block import Block
@@ -23,9 +22,10 @@ from .ops import (
     activation,
     add,
     backward_of,
-    conv1d,
     gated,
     layer_norm,
+    linear,
+    linear_gradient,
     rms_norm,
 )
 
@@ -63,17 +63,17 @@ class PostNormBlock(Block):
         return [*((m, nn.Linear) for m in linear), *((m, nn.LayerNorm) for m in norms)]
 
     def project_linear(self, x, rows=None):
-        return tuple(F.linear(x, m.weight, m.bias) for m in (self.query, self.key, self.value))
+        return tuple(linear(m, x) for m in (self.query, self.key, self.value))
 
     def project_all(self, x):
         return self.products(x, *self.queries, keep=True)
 
     def project_backward(self, x, rows, grads):
-        d = torch.mm(grads[0], self.query.weight)
+        d = linear_gradient(self.query, grads[0])
         if d.dtype != self.query.weight.dtype:  # autocast, which leaves `addmm_` alone
             d = torch.addmm(d, grads[1], self.key.weight)
             return torch.addmm(d, grads[2], self.value.weight)
-        return d.addmm_(grads[1], self.key.weight).addmm_(grads[2], self.value.weight)
+        return linear_gradient(self.value, grads[2], linear_gradient(self.key, grads[1], d))
 
     linear_backward = project_backward
 
@@ -174,9 +174,6 @@ class GPT2Block(Block):
     def _weights(self, i: int) -> tuple[Tensor, Tensor]:
         """Weight [D, D] and bias [D] of queries (0), keys (1) or values (2): views."""
         return self.qkv.weight[:, self._features(i)], self.qkv.bias[self._features(i)]
-
-    def product(self, role, x):
-        return self.adapt(x, conv1d(getattr(self, role), x), roles=(role,))[0]
 
     def normed(self, x):
         return layer_norm(self.norm, x)

@@ -19,6 +19,7 @@ from ..backbone.families import Family, frozen_above, get_layers
 from ..backbone.watch import Remembered, Watch, descendants
 from .held import HeldRows
 from .plan import Plan
+from .prepacked import prepack
 
 ROWS = 64
 
@@ -88,6 +89,8 @@ class ComputeCopy(Remembered):
         self._watch = Watch(descendants(parts), ("_modules", "_parameters"), tensors=weights)
         layers = list(get_layers(backbone, family))
         copies = [cast_copy(layer, dtype) for layer in layers[k:]]
+        if weights and weights[0].device.type == "cpu":
+            prepack([m for copied in copies for m in copied.modules()], dtype)
         self.backbone = cut_copy(backbone, family.layers, [*layers[:k], *copies])
         for name in family.after:
             if getattr(self.backbone, name, None) is not None:

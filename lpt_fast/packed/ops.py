@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..insertion.checks import choose_impl
+from . import prepacked
 from .attention import autocast_dtype, plainly, without_autocast
 
 
@@ -96,9 +97,22 @@ _ACTIVATIONS = {
 _GELUS = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
-def conv1d(module: Conv1D, x: Tensor) -> Tensor:
-    """GPT-2's linear layer of rows [N, D]."""
-    return torch.addmm(module.bias, x, module.weight)
+def linear(module: nn.Linear | Conv1D, x: Tensor) -> Tensor:
+    """What a frozen linear layer, GPT-2's own among them, makes of rows [N, D]."""
+    packed = prepacked.of(module, x)
+    if packed is not None:
+        return packed(x)
+    if isinstance(module, Conv1D):
+        return torch.addmm(module.bias, x, module.weight)
+    return F.linear(x, module.weight, module.bias)
+
+
+def linear_gradient(module: nn.Linear, grad: Tensor, other: Tensor | None = None) -> Tensor:
+    """The gradient of its rows, [N, D]; added to `other`, whose memory it may take."""
+    packed = prepacked.of(module, grad)
+    if packed is not None:
+        return packed.backward(grad.contiguous(), other)
+    return torch.mm(grad, module.weight) if other is None else other.addmm_(grad, module.weight)
 
 
 def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
@@ -116,24 +130,24 @@ class _Branches(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, keep, *weights):
-        ctx.save_for_backward(*weights[::2])
+    def forward(ctx, x, keep, linears):
+        ctx.linears = linears
         ctx.set_materialize_grads(False)
-        made = [F.linear(x, w, b) for w, b in zip(weights[::2], weights[1::2], strict=True)]
+        made = [linear(m, x) for m in linears]
         return (x.view_as(x), *made) if keep else tuple(made)
 
     @staticmethod
     @once_differentiable
     @plainly
     def backward(ctx, *grads):
-        weights = ctx.saved_tensors
-        d = None if len(grads) == len(weights) else grads[0]
+        linears = ctx.linears
+        d = None if len(grads) == len(linears) else grads[0]
         # (In the memory of what comes along the residual: it comes from the norm or the sum behind
         # it, whose other taker has read it before the gradients of the branches could be made.)
-        for grad, weight in zip(grads[-len(weights) :], weights, strict=True):
+        for grad, m in zip(grads[-len(linears) :], linears, strict=True):
             if grad is not None:
-                d = torch.mm(grad, weight) if d is None else d.addmm_(grad, weight)
-        return d, None, *[None] * (2 * len(weights))
+                d = linear_gradient(m, grad, d)
+        return d, None, None
 
 
 def branches(x: Tensor, *linears: nn.Linear, keep: bool = False) -> tuple[Tensor, ...]:
@@ -146,9 +160,8 @@ def branches(x: Tensor, *linears: nn.Linear, keep: bool = False) -> tuple[Tensor
         and autocast_dtype(x) in (None, x.dtype)
         and all(m.weight.dtype == x.dtype for m in linears)
     ):
-        weights = [t for m in linears for t in (m.weight, m.bias)]
-        return _Branches.apply(x, keep, *weights)
-    made = tuple(F.linear(x, m.weight, m.bias) for m in linears)
+        return _Branches.apply(x, keep, linears)
+    made = tuple(linear(m, x) for m in linears)
     return (x, *made) if keep else made
 
 

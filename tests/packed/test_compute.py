@@ -96,6 +96,8 @@ class Products(TorchDispatchMode):
         mats = [x for x in args if isinstance(x, torch.Tensor) and x.dtype == BF16]
         if name in ("mm", "addmm", "addmm_") and mats:
             self.rows |= {max(x.shape[0] for x in mats if x.dim() == 2)}
+        if name == "mkldnn::_linear_pointwise":
+            self.rows |= {len(args[0])}
         self.grouped += bool(mats) and name in ("bmm", "baddbmm", "baddbmm_")
         return func(*args, **(kwargs or {}))
 

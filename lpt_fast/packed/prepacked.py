@@ -1,0 +1,110 @@
+"""Frozen weights in bf16 on a CPU as oneDNN wants them, arranged once.
+
+A linear layer's weights lie row by row; oneDNN arranges them for its products anew in each call,
+which takes up to a third of it. What never changes can stay arranged, as PyTorch's compiler has it
+for inference; its operators are used here.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+ROWS = 1024  # of a product that the arrangement is chosen for; others run on it too
+
+
+class Prepacked:
+    """Both products of a frozen weight matrix, x W^T + b and g W.
+
+    Args:
+        weight: bf16 [D', D]; not changed any more.
+        bias: bf16 [D'], or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        self._weight, self._bias = weight, bias
+
+    @cached_property
+    def _ahead(self) -> Tensor:
+        return _arranged(self._weight)
+
+    @cached_property
+    def _back(self) -> Tensor:
+        return _arranged(self._weight.t())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T + b of rows x [n, D]: [n, D']."""
+        return torch.ops.mkldnn._linear_pointwise(x, self._ahead, self._bias, "none", [], "")
+
+    def backward(self, grad: Tensor, other: Tensor | None = None) -> Tensor:
+        """g W of rows [n, D']: [n, D]; added to `other` where that is given, rounded once."""
+        run = torch.ops.mkldnn._linear_pointwise
+        if other is None:
+            return run(grad, self._back, None, "none", [], "")
+        return run.binary(grad, other, self._back, None, "add")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`forward`, with a gradient."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Product.apply(x, self)
+        return self.forward(x)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, packed):
+        ctx.packed = packed
+        return packed.forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return ctx.packed.backward(grad.contiguous()), None
+
+
+def _arranged(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
+
+
+def prepack(modules, dtype: torch.dtype) -> None:
+    """Gives linear layers, whose weights are frozen and in `dtype`, their `prepacked`."""
+    if dtype != torch.bfloat16 or not known():
+        return
+    for module in modules:
+        if type(module) is nn.Linear:
+            module.__dict__["prepacked"] = Prepacked(module.weight, module.bias)
+        elif type(module) is Conv1D:
+            module.__dict__["prepacked"] = Prepacked(module.weight.t(), module.bias)
+
+
+def of(module: nn.Module, x: Tensor) -> Prepacked | None:
+    """What `prepack` gave a module, for rows in its dtype; or None."""
+    packed = module.__dict__.get("prepacked")
+    return packed if packed is not None and x.dtype == torch.bfloat16 else None
+
+
+@lru_cache
+@torch.no_grad()
+def known() -> bool:
+    """Whether this PyTorch has these operators and they multiply."""
+    draw = torch.Generator().manual_seed(0)
+    x, w, b, y = (
+        torch.randn(*size, generator=draw).bfloat16()
+        for size in ((64, 48), (80, 48), (80,), (64, 48))
+    )
+    try:
+        made = Prepacked(w, b)
+        got = made.forward(x), made.backward(made.forward(x)), made.backward(made.forward(x), y)
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+    plain = x.float() @ w.float().t() + b.float()
+    back = plain @ w.float()
+    expected = plain, back, back + y.float()
+    return all(
+        bool(((a.float() - e).abs() <= 2**-6 * e.abs().max()).all())
+        for a, e in zip(got, expected, strict=True)
+    )
