@@ -108,7 +108,7 @@ PRIVATE: dict[tuple[str, str], str] = {
     (
         "torch.ops.mkldnn",
         "_linear_pointwise",
-    ): "caught: bf16 on a CPU arranges weights in each step",
+    ): "caught: bf16 arranges weights each time",
     ("torch.ops.mkldnn", "_reorder_linear_weight"): "caught: as the products",
     ("torch.distributed.distributed_c10d", "_set_pg_timeout"): "AttributeError on CPU clusters",
     (

@@ -81,13 +81,13 @@ class QuickSteps:
         if self._operations is None:
             name = self._main_input
             self._operations = super().floating_point_ops({name: torch.empty(1, device="meta")})
-        return self._operations * self._tokens_in(inputs)
+        return self._operations * self.tokens_in(inputs)
 
     @property
     def _main_input(self) -> str:
         return getattr(self.model, "main_input_name", "input_ids")
 
-    def _tokens_in(self, inputs) -> int:
+    def tokens_in(self, inputs) -> int:
         """Tokens of a batch, padding among them."""
         return inputs[self._main_input].numel() if self._main_input in inputs else 0
 

@@ -323,11 +323,12 @@ class LPTTrainer(CachedLoading, ComputingTraining, QuickSteps, CountedTraining, 
         own = getattr(self.processing_class, "pad_token_id", None)
         return own if own is not None else getattr(self.model.config, "pad_token_id", None) or 0
 
-    def _tokens_in(self, inputs) -> int:
+    def tokens_in(self, inputs) -> int:
+        """Tokens of a batch, padding among them, wherever its rows come from."""
         batch = inputs.get(CACHED)
         if isinstance(batch, PackedBatch | PendingBatch):
             return len(batch) * batch.max_seqlen
-        return super()._tokens_in(inputs)
+        return super().tokens_in(inputs)
 
     # -- losses that are no numbers ----------------------------------------------------------------
 
