@@ -86,8 +86,9 @@ def main(
             dtype=dtype,
             store=store,
             device=device,
-            contestants=contestants
-            and tuple(called(name, dtype, device) for name in contestants.split(",")),
+            contestants=None
+            if contestants is None
+            else tuple(called(name, dtype, device) for name in contestants.split(",")),
             steps=steps or (3 if quick else 30),
             warmup=1 if quick else 3,
             rows=rows or (64 if quick else None),

@@ -72,6 +72,7 @@ class Contestant:
         autocast: dtype of autocast, or None.
         rows: what is computed already, or None.
         seconds: of its timed steps.
+        in_a_row: means of as many steps as a training makes in its turn.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Contestant:
     autocast: torch.dtype | None = None
     rows: Rows | None = None
     seconds: list[float] = field(default_factory=list)
+    in_a_row: list[float] = field(default_factory=list)
 
     @property
     def label(self) -> str:

@@ -42,6 +42,7 @@ class Bench(StepFigures):
     def __init__(self, settings: Settings):
         self.settings = s = settings
         self.wrong: list[str] = []  # what is said of contestants that failed the gate
+        self.starts: dict[int, dict[str, int]] = {}  # k -> who had how many seconds before its loop
         if s.data is None:
             self.texts = drawn_texts(s.task, s.rows, s.seed)
         else:
@@ -243,12 +244,12 @@ class Bench(StepFigures):
         counted = self.settings.memory and device.type == "cuda"
         for name, k in self._who:
             rows = self._rows_of(name, k)
-            half = self.settings.dtype == "bf16" and name in HALF
-            model = self.zoo.base(half)
             if name == LPTRAINER:
                 folder = str(Path(self.folder, f"loop{k}"))
                 made.append(WholeLoop(self.zoo, self.texts, k, rows, folder))
                 continue
+            half = self.settings.dtype == "bf16" and name in HALF
+            model = self.zoo.base(half)
             if counted:
                 torch.cuda.synchronize()
                 before = torch.cuda.memory_allocated()
@@ -270,6 +271,7 @@ class Bench(StepFigures):
         loops = [c for c in contestants if c.name == LPTRAINER]
         for loop in loops:  # with those of its k, and those without
             own = [c for c in bare if c.k in (None, loop.k)]
+            self.starts[loop.k] = {c.name: len(c.seconds) for c in own}
             size, turns = self.settings.batch_size, len(self.batches)
             loop.run(size, turns, self.settings.warmup, partial(self._round, own, quick=TURN))
         left = [c for c in bare if not c.seconds]
@@ -277,15 +279,18 @@ class Bench(StepFigures):
             self._round(left, turn)
 
     def _round(self, contestants: list[Contestant], turn: int, quick: int = 1) -> None:
-        """A step of each; of OWN_BF16 several, one after another as in a training."""
+        """A step of each; of OWN_BF16 further ones, as a training makes them one after another."""
+        if not contestants:
+            return
         first, batch = turn % len(contestants), self.batches[turn]
         for contestant in contestants[first:] + contestants[:first]:
-            batches = [batch]
+            took = [self._timed(contestant, batch)]
             if contestant.name in OWN_BF16:
-                batches = [self.batches[(turn + i) % len(self.batches)] for i in range(quick)]
-            took = statistics.mean(self._timed(contestant, own) for own in batches)
+                more = [self.batches[(turn + i) % len(self.batches)] for i in range(1, quick)]
+                took += [self._timed(contestant, own) for own in more]
             if turn >= self.settings.warmup:
-                contestant.seconds.append(took)
+                contestant.seconds.append(took[0])
+                contestant.in_a_row.append(statistics.mean(took))
 
     def _timed(self, contestant: Contestant, batch: np.ndarray) -> float:
         on_gpu = self.zoo.place.type == "cuda"

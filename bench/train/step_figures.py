@@ -54,8 +54,8 @@ class StepFigures:
             yield from self._beside_held(k, by)
             loop, bare = by.get((LPTRAINER, k)), by.get(("ours_bf16", k))
             if loop is not None and bare is not None:
-                ratio = statistics.median(loop.seconds) / statistics.median(bare.seconds)
-                label = f"{loop.label} over {bare.label}"
+                ratio = statistics.median(loop.seconds) / statistics.median(bare.in_a_row)
+                label = f"{loop.label} over {bare.label}, in a row"
                 yield Figure("loop", label, ratio, "x", LOOP_AT_MOST, False)
             for name in OURS:
                 own = by.get((name, k))
@@ -80,11 +80,8 @@ class StepFigures:
 
     def _beside(self, them: Contestant, own: Contestant) -> list[float]:
         """Somebody's seconds in the rounds of `own`. (Who has no k may be in those of each k.)"""
-        count = len(own.seconds)
-        if len(them.seconds) == count:
-            return them.seconds
-        first = self.settings.layers.index(own.k) * count
-        return them.seconds[first : first + count]
+        first = self.starts.get(own.k, {}).get(them.name, 0)
+        return them.seconds[first : first + len(own.seconds)]
 
     def _beside_held(self, k: int, by: dict) -> Iterator[Figure]:
         """Late LoRA over the prompt alone, both as LPTTrainer runs them."""

@@ -2,8 +2,9 @@
 each with its batch and its loop.
 
 The others take their turns within the training, in a callback, so that all are timed in turns in
-one thread; those that compute as it does make as many steps in a row. (Memory that a training frees
-and keeps, train/kept_memory.py, is then kept for all.)
+one thread. All but the first of its steps come after one of its own and find warm caches, so it is
+compared with steps in a row of who computes as it does. (Memory that a training frees and keeps,
+train/kept_memory.py, is then kept for all.)
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ class WholeLoop:
             for i, example in zip(numbers, self.texts.take(numbers), strict=True)
         ]
         how = {"save_strategy": "no", "logging_steps": 500, "report_to": "none"}
+        how |= {"dataloader_drop_last": True}
         how |= {"disable_tqdm": True, "use_cpu": True, "learning_rate": 1e-3, **settings}
         trainer = LPTTrainer(
             self.model,

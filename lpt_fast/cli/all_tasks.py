@@ -164,8 +164,8 @@ class Classifiers:
         """
         form = self.formulations[tasks[0]]
         found = [np.zeros((len(examples), len(self.formulations[i].labels)), "f4") for i in tasks]
-        rows = tokens_on(self.device, ROWS) // len(tasks)
-        budget = max(1, min(tokens_on(self.device), rows))
+        rows = tokens_on(self.model, ROWS) // len(tasks)
+        budget = max(1, min(tokens_on(self.model), rows))
         parts = batches_by_length(examples, self.batch_size, budget)
         cache = None
         if self._cache is not None:

@@ -288,7 +288,7 @@ class EvalArguments(DataArguments):
     )
     label_column: str | None = option(None, "Column of the label. Default: as in training.", "Data")
     per_device_eval_batch_size: int | None = option(
-        None, "Examples of a batch. Default: so many as have 4096 tokens.", "Run"
+        None, "Examples of a batch. Default: by tokens, as suits the device.", "Run"
     )
     compute_dtype: str | None = option(None, _OF_MODEL, "Run")
     use_cpu: bool = option(False, "Stay on the CPU where there is a GPU.", "Run")
@@ -332,7 +332,7 @@ class PredictArguments(Paths):
         "Run",
     )
     per_device_eval_batch_size: int | None = option(
-        None, "Examples of a batch. Default: so many as have 4096 tokens.", "Run"
+        None, "Examples of a batch. Default: by tokens, as suits the device.", "Run"
     )
     compute_dtype: str | None = option(None, _OF_MODEL, "Run")
     use_cpu: bool = option(False, "Stay on the CPU where there is a GPU.", "Run")

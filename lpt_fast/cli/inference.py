@@ -39,6 +39,7 @@ from .model import PROMPT_TUNING_TOKENS
 logger = logging.getLogger(__name__)
 
 TOKENS = {"cpu": 4096, "cuda": 32768}  # of a batch, padding counted
+STATES = 32  # of D numbers each that a token takes at the most, feed-forward ones among them
 
 
 class Classifier:
@@ -165,7 +166,7 @@ class Classifier:
         examples = self.formulation.encode(self.tokenizer, rows, labels=None, origin=origin)
         out = np.zeros((len(examples), len(self.labels)), dtype=np.float32)
         collate = Collator(self.tokenizer)
-        parts = batches_by_length(examples, self.batch_size, tokens_on(self.device))
+        parts = batches_by_length(examples, self.batch_size, tokens_on(self.model))
         for index in tqdm(parts, desc="Predicting", disable=not progress):
             batch = {k: v.to(self.device) for k, v in collate([examples[i] for i in index]).items()}
             if not isinstance(self.model, PeftModel):
@@ -187,9 +188,17 @@ class Classifier:
         yield from predictions(self.probabilities(rows, progress, origin), self.labels)
 
 
-def tokens_on(device: torch.device, most: dict[str, int] = TOKENS) -> int:
-    """Tokens of a batch on a device; one that is not known has what a CPU has."""
-    return most.get(device.type, most["cpu"])
+def tokens_on(model: torch.nn.Module, most: dict[str, int] = TOKENS) -> int:
+    """Tokens of a batch of a model where it is: what `most` says of the device (of one that is not
+    known, what of a CPU), on CUDA at most what has room in half of the free memory.
+    """
+    weight = next(model.parameters())
+    tokens = most.get(weight.device.type, most["cpu"])
+    if weight.device.type != "cuda":
+        return tokens
+    free, _ = torch.cuda.mem_get_info(weight.device)
+    row = STATES * getattr(model.config, "hidden_size", 1024) * weight.element_size()
+    return max(most["cpu"], min(tokens, free // 2 // row))
 
 
 def batches_by_length(examples: list[dict], size: int | None, tokens: int) -> list[np.ndarray]:

@@ -132,6 +132,7 @@ class _Branches(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, keep, linears):
         ctx.linears = linears
+        ctx.save_for_backward(*(m.weight for m in linears))  # which says where one has changed
         ctx.set_materialize_grads(False)
         made = [linear(m, x) for m in linears]
         return (x.view_as(x), *made) if keep else tuple(made)
@@ -140,7 +141,7 @@ class _Branches(torch.autograd.Function):
     @once_differentiable
     @plainly
     def backward(ctx, *grads):
-        linears = ctx.linears
+        linears, _ = ctx.linears, ctx.saved_tensors
         d = None if len(grads) == len(linears) else grads[0]
         # (In the memory of what comes along the residual: it comes from the norm or the sum behind
         # it, whose other taker has read it before the gradients of the branches could be made.)

@@ -92,10 +92,8 @@ def of(module: nn.Module, x: Tensor) -> Prepacked | None:
 def known() -> bool:
     """Whether this PyTorch has these operators and they multiply."""
     draw = torch.Generator().manual_seed(0)
-    x, w, b, y = (
-        torch.randn(*size, generator=draw).bfloat16()
-        for size in ((64, 48), (80, 48), (80,), (64, 48))
-    )
+    sizes = ((64, 48), (80, 48), (80,), (64, 48))
+    x, w, b, y = (torch.randn(s, generator=draw, device="cpu").bfloat16() for s in sizes)
     try:
         made = Prepacked(w, b)
         got = made.forward(x), made.backward(made.forward(x)), made.backward(made.forward(x), y)

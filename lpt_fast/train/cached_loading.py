@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 BUILD_WAIT = 24 * 3600.0  # seconds; another run that fills the same cache saves us the work
 IN_A_ROW = 8  # batches that are made one after another, at most,
-ROW_BYTES = 2**25  # and what they may take
+ROW_BYTES = 2**25  # and what they should take
 REMEMBERED = 8  # data sets whose rows are known without asking again
 
 
@@ -162,10 +162,11 @@ class CachedLoading:
         if not quick or stock.num_workers or not _is_plain(dataset.dataset):
             return 1
         cache = collate.cache
-        if cache.on_disk or len(cache) == 0:
+        if len(dataset) == 0 or cache.on_disk:
             return 1
-        tokens = self._train_batch_size * float(cache.lengths.mean())
-        return max(1, min(IN_A_ROW, int(ROW_BYTES / (tokens * cache.stats()["width"] * 4))))
+        lengths = cache.lengths[cache.find(dataset.keys)]
+        tokens = self._train_batch_size * float(np.quantile(lengths, 0.9))
+        return max(1, min(IN_A_ROW, int(ROW_BYTES / (tokens * cache.identity.width * 4))))
 
     def _cached_collator(
         self, collator, cache: ActivationCache, quick: Padding | None = None
@@ -222,5 +223,5 @@ def _is_plain(dataset) -> bool:
     if is_datasets_available():
         import datasets
 
-        return isinstance(dataset, datasets.Dataset) and dataset.format["type"] is None
+        return type(dataset) is datasets.Dataset and dataset.format["type"] is None
     return False

@@ -95,7 +95,10 @@ def flat(examples: list, names: Collection[str] | None = None) -> Flat | None:
         names: those that count; None: all.
     """
     first = examples[0]
-    if not isinstance(first, Mapping) or type(first.get("input_ids")) is not list:
+    # (Trainer takes columns away from dictionaries alone.)
+    if not isinstance(first, Mapping if names is None else dict):
+        return None
+    if type(first.get("input_ids")) is not list:
         return None
     kind, keys = type(first), first.keys()
     if any(type(e) is not kind or e.keys() != keys for e in examples):
@@ -292,7 +295,7 @@ class CachedCollator:
         if mask.dim() != 2 or len(mask) != len(rows):
             raise ValueError(_CHANGED)
         texts = {}
-        for name in TEXT:
+        for name in ("input_ids", "token_type_ids", "position_ids"):
             value = batch.get(name)
             if isinstance(value, Tensor):
                 # (Ids in another form are those of no text.)

@@ -25,7 +25,8 @@ _depth = 0
 @lru_cache
 def _libc():
     """The C library, where it is glibc and its user has not chosen thresholds; else None."""
-    chosen = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & set(os.environ)
+    names = ("TRIM_THRESHOLD", "MMAP_THRESHOLD", "TOP_PAD", "MMAP_MAX")
+    chosen = any(f"MALLOC_{name}_" in os.environ for name in names)
     if chosen or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return None
     try:

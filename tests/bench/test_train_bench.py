@@ -80,7 +80,9 @@ def test_train(source, tmp_path):
     for line in steps.values():
         assert line["p20"] <= line["value"] <= line["p80"] and line["unit"] == "ms"
         assert line["epoch_s"] == pytest.approx(line["value"] * 10 / 1e3, rel=1e-4)  # 40 texts by 4
-        assert line.get("tokens_a_second", 1) > 0 and line["machine"] and line["batch_size"] == 4
+        assert line["machine"] and line["batch_size"] == 4
+        whole = line["name"].startswith("lptrainer")  # (which has batches of its own)
+        assert "tokens_a_second" not in line if whole else line["tokens_a_second"] > 0
     # npg (r = 128, m = 5, D = 32), pooler and classifier; LoRA (4 layers, 2 places); prompts.
     head = 32 * 32 + 32 + 2 * 32 + 2
     npg = 128 * 32 + 128 + 5 * 32 * 128 + 5 * 32
@@ -105,8 +107,8 @@ def test_train(source, tmp_path):
         assert line["value"] == pytest.approx(wanted, rel=1e-3)
         assert line["target"] is None  # of another model
     (line,) = lines_of(out, "loop")
-    wanted = steps["lptrainer, k = 2"]["value"] / steps["ours_bf16, k = 2"]["value"]
-    assert line["value"] == pytest.approx(wanted, rel=1e-3) and line["target"] == 1.05
+    assert line["name"] == "lptrainer, k = 2 over ours_bf16, k = 2, in a row"
+    assert line["value"] > 0 and line["target"] == 1.05
     held = {name: line for name, line in steps.items() if "held_MiB" in line}
     names = ("cached_held", "late_lora", "late_lora_bf16", "lpt_lora", "ours_bf16")
     assert sorted(held) == [f"{n}, k = 2" for n in names]

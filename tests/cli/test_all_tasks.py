@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lpt_fast import predict_all
 from lpt_fast.cli.all_tasks import Classifiers, named
-from lpt_fast.cli.inference import Classifier
+from lpt_fast.cli.inference import Classifier, tokens_on
 from lpt_fast.method import one_pass
 from tests.adapters import lpt
 from tests.cli.cases import ROWS, invoke, refused, write_tsv
@@ -123,6 +124,27 @@ def test_a_model_with_its_adapters(models_dir):
     assert predict_all(model, [], tokenizer=tokenizer) == {"default": [], "other": []}
     with pytest.raises(ValueError, match="is one text, expected a list"):
         predict_all(model, "a film", tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("device", "free_gib", "width", "size", "expected"),
+    [
+        ("cpu", 64, 768, 4, 4096),
+        ("mps", 64, 768, 4, 4096),
+        ("cuda", 64, 768, 4, 32768),
+        ("cuda", 4, 1024, 4, 16384),  # 2 GiB of 32 x 1,024 x 4 bytes
+        ("cuda", 4, 4096, 2, 8192),
+        ("cuda", 0, 4096, 2, 4096),  # which is tried in any case
+    ],
+)
+def test_tokens_of_a_batch(device, free_gib, width, size, expected, monkeypatch):
+    """By the device, and on a GPU by what is free there."""
+    weight = SimpleNamespace(device=torch.device(device), element_size=lambda: size)
+    model = SimpleNamespace(
+        parameters=lambda: iter([weight]), config=SimpleNamespace(hidden_size=width)
+    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda where: (free_gib << 30, 80 << 30))
+    assert tokens_on(model) == expected
 
 
 @pytest.mark.slow

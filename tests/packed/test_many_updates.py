@@ -73,12 +73,18 @@ def test_each_adapters_rows_get_its_update(needs_x, monkeypatch):
 
 
 def test_one_row_of_each_text():
-    """Where x has a row for each text, the texts count; all of them are in one run."""
-    own = updates(0)[:1] * TEXTS
+    """Where x has a row for each text, the texts count: each its own adapter's, in one run."""
+    torch.manual_seed(0)
+    own = [LowRank(D, OUT, 2, 4.0).double() for _ in range(TEXTS)]
+    for update in own:
+        torch.nn.init.normal_(update.lora_B.weight)
     x = torch.randn(TEXTS, D, dtype=torch.float64)
     parts = [
         Part(u, among=Among(slice(9 * i, 9 * i + 9), slice(i, i + 1), 9 * TEXTS))
         for i, u in enumerate(own)
     ]
+    items = [(0, part, part.place(TEXTS)) for part in parts]
+    assert [len(run) for run in low_rank._runs(items)] == [TEXTS]
     out = adapt(x, [torch.zeros(TEXTS, OUT, dtype=torch.float64)], [parts])[0]
-    torch.testing.assert_close(out, own[0](x), atol=1e-12, rtol=1e-12)
+    wanted = torch.cat([update(x[i : i + 1]) for i, update in enumerate(own)])
+    torch.testing.assert_close(out, wanted, atol=1e-12, rtol=1e-12)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import pytest
 import torch
 
@@ -52,6 +54,7 @@ def test_a_training_keeps_and_gives_back(libc, tmp_path):
     [
         ("MALLOC_TRIM_THRESHOLD_", "1000000"),
         ("MALLOC_MMAP_THRESHOLD_", "1000000"),
+        ("MALLOC_TOP_PAD_", "1000000"),
         ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=1000000"),
     ],
 )
@@ -87,7 +90,7 @@ def test_pages_stay(monkeypatch):
 
     def resident() -> int:
         with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * 4096
+            return int(file.read().split()[1]) * resource.getpagesize()
 
     def churn():  # 160 MB in pieces below the threshold, as a step's activations
         kept = [torch.ones(2**21) for _ in range(20)]

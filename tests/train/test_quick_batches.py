@@ -20,9 +20,9 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(minilm.get_model_path())
 
 
-def trainer_of(tokenizer, folder, data=None, family="bert", tier="auto", **settings):
+def trainer_of(tokenizer, folder, data=None, tier="auto", dropout=0.0, **settings):
     """With the collator that a Trainer has by itself; nothing but a cache of exact rows."""
-    model = model_of(family)
+    model = model_of(dropout=dropout)
     more = {n: settings.pop(n) for n in ("callbacks",) if n in settings}
     cache = ActivationCache.open(folder / "cache", model, store="fp32", tier=tier)
     return LPTTrainer(
@@ -188,6 +188,7 @@ def test_a_training_is_the_same(tokenizer, tmp_path, monkeypatch):
     """
     data, ends = rows(40), []
     settings = {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 3}
+    settings["dropout"] = 0.1
     for way in ("general", "quick", "resumed"):
         curve = Seen()
         with monkeypatch.context() as patch:
