@@ -359,6 +359,8 @@ def _storage(path: Path) -> RDBStorage:
     url = URL.create("sqlite", database=str(path.absolute())).render_as_string(False)
     try:
         return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": _BUSY}})
+    except ImportError:  # An incomplete installation: the file is none the worse for it.
+        raise
     except Exception as error:
         # (SQLAlchemy and Optuna have several, of classes of their own.)
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -409,10 +409,23 @@ def test_plot_refuses_what_is_no_result(tmp_path):
 
 
 def test_step_plot(tmp_path):
-    """The committed figures: a step of MiniLM with k = 4 took 333, 499 and 26 ms, the
-    last in bf16."""
-    times = plot_steps.milliseconds(RESULTS, "minilm", 4, None)
-    assert {n: round(t) for n, t in times.items()} == {"lora": 499, "recipe": 333, "ours": 26}
+    """The newest figure of each, ours in bf16, whole batches of 32; another model's, other batches'
+    and older ones do not count. And a picture of the committed figures."""
+    step = {"part": "step", "encoder": "minilm", "batch_tokens": None}
+    lines = [
+        {**step, "name": "lora", "value": 9.0},
+        {**step, "name": "lora", "value": 500.0},
+        {**step, "name": "recipe, k = 4", "value": 300.0},
+        {**step, "name": "recipe, k = 3", "value": 350.0},
+        {**step, "name": "ours_bf16, k = 4", "value": 25.0},
+        {**step, "name": "cached_held, k = 4", "value": 50.0},
+        {**step, "name": "ours_bf16, k = 4", "value": 70.0, "batch_tokens": 4096},
+        {**step, "name": "ours_bf16, k = 4", "value": 90.0, "encoder": "roberta-base"},
+        {**step, "name": "lora", "value": 7.0, "part": "ratio"},
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    times = plot_steps.milliseconds(tmp_path, "minilm", 4, None)
+    assert times == {"lora": 500.0, "recipe": 300.0, "ours": 25.0}
     times = plot_steps.milliseconds(RESULTS, "roberta-large", 18, "b32")
     assert {n: round(t, 1) for n, t in times.items()} == {"lora": 87.5, "recipe": 49.7, "ours": 7.0}
     done = CliRunner().invoke(app, ["step-plot", "--out", str(tmp_path / "steps.png")])

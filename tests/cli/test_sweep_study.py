@@ -169,6 +169,18 @@ def test_others_are_refused(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_module_that_is_missing_is_not_the_study_s_fault(tmp_path, monkeypatch):
+    """Nobody is told to take a sound file away."""
+    make(tmp_path, space_of(insertion_layer="1,2")).close()
+
+    def storage(*_, **__):
+        raise ModuleNotFoundError("No module named 'mako'")
+
+    monkeypatch.setattr("lpt_fast.cli.sweep_study.RDBStorage", storage)
+    with pytest.raises(ModuleNotFoundError, match="^No module named 'mako'$"):
+        make(tmp_path, space_of(insertion_layer="1,2"))
+
+
 def test_what_a_dead_process_left_is_taken_up(tmp_path):
     space = space_of("1,2", insertion_layer="1,2")
     first, second = make(tmp_path, space), make(tmp_path, space)
