@@ -20,6 +20,7 @@ from transformers import (
 
 from ..backbone.families import find_backbone, get_layers
 from ..cache.forward import batches_of
+from ..packed.prepacked import prepack
 from ..tasks import classification_metrics, encode_labels
 from ..tasks.messages import Origin
 from ..train.compute_dtype import ENOUGH, gain_of, parse
@@ -135,6 +136,9 @@ class Classifier:
             )
         self._cast = True
         self.model.to(torch.bfloat16)
+        # Nothing of it changes any more.
+        layers = get_layers(backbone, family)
+        prepack([m for layer in layers for m in layer.modules()], torch.bfloat16)
 
     def _checked(self, max_length: int) -> int:
         _, backbone, family = find_backbone(self._base)

@@ -10,7 +10,7 @@ from functools import cache, partial
 import torch
 
 from ..backbone.arguments import TEXT
-from ..backbone.lower import run_between, run_lower
+from ..backbone.lower import run_between
 from ..packed.attention import without_autocast
 from ..packed.held import HeldRows, kind_of
 from ..packed.stack import first_updated, project_first
@@ -19,7 +19,16 @@ from . import cached_call as cached
 from .call_inputs import check_inputs, give_each_a_token
 from .context import Call
 from .groups import BASE, Group, entries_of, running
-from .packed_call import Rows, context_of, fill, output_of, readout_of, takes_packed, tokens_of
+from .packed_call import (
+    Rows,
+    context_of,
+    fill,
+    lower_states,
+    output_of,
+    readout_of,
+    takes_packed,
+    tokens_of,
+)
 from .readout import READOUT, checked_places
 
 # Arguments of a call that the pass knows; with others each adapter's texts run by themselves.
@@ -91,8 +100,8 @@ def _lower(late, groups, configs, batch, inputs, others):
         more = {"return_dict": True}
         if family.causal:
             more["use_cache"] = False
-        made = run_lower(backbone, family, layers[0], {**inputs, **others, **more})
-        lowest = cache(lambda: made.last_hidden_state)
+        made = lower_states(late, layers[0], {**inputs, **others, **more})
+        lowest = cache(lambda: made)
     tokens, positions = tokens_of(late, inputs)
     states = {layers[0]: (lowest, None)}
     if len(layers) > 1:

@@ -1,7 +1,8 @@
-"""The backbone's forward above the insertion in packed form: rows in, prompts, layers, rows out.
+"""The backbone's forward in packed form: rows in, prompts, the layers above the insertion, rows
+out.
 
 What late_prompt.py does with padded hidden states, on rows without padding; packed/stack.py has
-the layers.
+the layers. `lower_states` has those below the insertion.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ..packed.attention import without_autocast
 from ..packed.compute import with_filler
 from ..packed.held import HeldRows
 from ..packed.plan import Plan
-from ..packed.stack import first_updated, run_packed, why_padded
+from ..packed.stack import first_updated, run_layers, run_packed, why_padded
 from ..packing import PackedBatch
 from .cached_call import layer_dtype, outputs_asked, rows_dtype
 from .context import Call, attended
@@ -344,11 +345,42 @@ def run_call(late, call: Call, inputs: dict, kwargs: dict):
         if late.family.causal:
             kwargs["use_cache"] = False
             set_cache(late.backbone, kwargs, None)
-        hidden = run_lower(late.backbone, late.family, k, {**inputs, **kwargs})
+        states = lower_states(late, k, {**inputs, **kwargs})
         tokens, positions = tokens_of(late, inputs)
-        states = hidden.last_hidden_state
         rows = Rows.of_text(states.to(late.compute_dtype or states.dtype), tokens, positions, m)
     return forward_packed(late, call, rows, ids)
+
+
+@torch.no_grad()
+def lower_states(late, k: int, inputs: dict) -> Tensor:
+    """Output of layer k, [B, S, D], of texts that run packed above it. On a CPU plain layers below
+    it run packed too, and what stands at padding is zero then.
+
+    Args:
+        late: the LatePrompt.
+        k: number of layers to run.
+        inputs: keyword arguments of the backbone's forward.
+    """
+    backbone, family = late.backbone, late.family
+    tokens, positions = tokens_of(late, inputs)
+    # (On a GPU this was not tried. Without padding there is nothing to gain.)
+    packs = tokens is not None and not tokens.is_cuda and not bool(tokens.all())
+    if not packs or why_padded(backbone, family, 0, tokens.shape[1], False, late.plain) is not None:
+        return run_lower(backbone, family, k, inputs).last_hidden_state
+    embedded = run_lower(backbone, family, 0, inputs).last_hidden_state
+    rows = Rows.of_text(embedded, tokens, positions, 0)
+    out = run_layers(
+        backbone,
+        family,
+        range(k),
+        rows.buffer,
+        rows.plan,
+        positions=rows.rotary_positions() if family.takes_positions else None,
+        readout=False,
+        place=None,
+        first=False,
+    )
+    return rows.padded(out)
 
 
 def tokens_of(late, inputs: dict) -> tuple[Tensor | None, Tensor | None]:

@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from ..backbone.watch import Remembered
+
 ROWS = 1024  # of a product that the arrangement is chosen for; others run on it too
 
 
-class Prepacked:
+class Prepacked(Remembered):
     """Both products of a frozen weight matrix, x W^T + b and g W.
 
     Args:
-        weight: bf16 [D', D]; not changed any more.
+        weight: bf16 [D', D].
         bias: bf16 [D'], or None.
     """
 
@@ -75,16 +77,24 @@ def prepack(modules, dtype: torch.dtype) -> None:
     if dtype != torch.bfloat16 or not known():
         return
     for module in modules:
-        if type(module) is nn.Linear:
-            module.__dict__["prepacked"] = Prepacked(module.weight, module.bias)
-        elif type(module) is Conv1D:
-            module.__dict__["prepacked"] = Prepacked(module.weight.t(), module.bias)
+        if type(module) in (nn.Linear, Conv1D):
+            weight = module.weight if type(module) is nn.Linear else module.weight.t()
+            module.__dict__["prepacked"] = Prepacked(weight, module.bias), _state(module)
 
 
 def of(module: nn.Module, x: Tensor) -> Prepacked | None:
-    """What `prepack` gave a module, for rows in its dtype; or None."""
-    packed = module.__dict__.get("prepacked")
-    return packed if packed is not None and x.dtype == torch.bfloat16 else None
+    """What `prepack` gave a module, for rows in its dtype; None, too, where its weight has changed
+    since (an adapter was merged into it).
+    """
+    packed, state = module.__dict__.get("prepacked", (None, None))
+    fits = packed is not None and x.dtype == torch.bfloat16 and state == _state(module)
+    return packed if fits else None
+
+
+def _state(module: nn.Module) -> tuple:
+    weight = module.weight
+    # (Tensors of inference mode have no version.)
+    return weight.data_ptr(), None if weight.is_inference() else weight._version
 
 
 @lru_cache

@@ -5,6 +5,7 @@ it does for them: with few trained parameters and rows from a cache they took a 
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
+from operator import is_not
 
 import torch
 from accelerate import DistributedType
@@ -20,6 +21,7 @@ class QuickSteps:
     _were: list[bool] = []  # noqa: RUF012 (never written to): which of them trained
     _operations: int | None = None  # of a token, as Trainer counts them
     _made: torch.optim.Optimizer | None = None  # by Trainer: it has all that trains
+    _trained: tuple[list, list] = ([], [])  # what trains, as the optimiser and the model have it
 
     def create_optimizer(self, *args, **kwargs):
         """As Trainer's."""
@@ -94,13 +96,23 @@ class QuickSteps:
     def _clip_grad_norm(self, model):
         if not self._has_all(model):
             return super()._clip_grad_norm(model)
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        trained = self._trained_in_order(model)
         if self.accelerator.distributed_type == DistributedType.NO:
             # What Accelerate does then, after it has looked whether it is so, for a tenth of a
             # millisecond.
             self.accelerator.unscale_gradients()
             return torch.nn.utils.clip_grad_norm_(trained, self.args.max_grad_norm)
         return self.accelerator.clip_grad_norm_(trained, self.args.max_grad_norm)
+
+    def _trained_in_order(self, model) -> list[torch.Tensor]:
+        """What the optimiser has, in the model's order, in which Trainer adds norms up."""
+        own = [p for group in self.optimizer.param_groups for p in group["params"]]
+        before, in_order = self._trained
+        if len(own) != len(before) or any(map(is_not, own, before)):
+            known = set(map(id, own))
+            in_order = [p for p in model.parameters() if id(p) in known]
+            self._trained = own, in_order
+        return in_order
 
     def _has_all(self, model) -> bool:
         """Whether the optimiser in use has all that trains of the model, unwrapped."""

@@ -13,10 +13,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from lpt_fast import predict_all
 from lpt_fast.cli.all_tasks import Classifiers, named
 from lpt_fast.cli.inference import Classifier, tokens_on
-from lpt_fast.method import one_pass
+from lpt_fast.method import one_pass, packed_call
+from lpt_fast.packed import prepacked
+from lpt_fast.packed.prepacked import Prepacked
 from tests.adapters import lpt
 from tests.cli.cases import ROWS, invoke, refused, write_tsv
 from tests.cli.test_cli import run_train
+from tests.tiny import LAYERS
 
 THREE = [(text, "abc"[i % 3]) for i, (text, _) in enumerate(ROWS)]
 TEXTS = [text for text, _ in ROWS[:10]] + ["a film", "great great great acting and a dull plot"]
@@ -81,6 +84,25 @@ def test_from_a_cache_and_in_bf16(trained, tmp_path, dtype):
         np.testing.assert_allclose(again[name][:7], first[name], atol=1e-2)
         expected = single(trained[name], compute_dtype="float32")
         np.testing.assert_allclose(again[name], expected, atol=atol)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_adapter_from_the_embeddings_on(trained, monkeypatch, dtype):
+    """No layer pads, and in bf16 the frozen weights of all of them are arranged once."""
+    arranges = dtype == "bfloat16" and prepacked.known()
+    asked, products = [], []
+    lower, product = packed_call.run_lower, Prepacked.forward
+    monkeypatch.setattr(packed_call, "run_lower", lambda *a: asked.append(a[2]) or lower(*a))
+    monkeypatch.setattr(Prepacked, "forward", lambda *a: products.append(id(a[0])) or product(*a))
+    got = single(trained["films"], compute_dtype=dtype)
+    assert asked == [0]
+    if arranges:
+        # Six matrices of each layer; the last one's keys and values are not made.
+        assert len(set(products)) == len(products) == 6 * LAYERS - 2
+    else:
+        assert not products
+    np.testing.assert_allclose(got, single(trained["films"], compute_dtype="float32"), atol=3e-2)
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -72,6 +74,27 @@ def test_other_dtypes_stay_as_they_are(monkeypatch):
     layer.to(BF16)
     prepack([layer], BF16)
     assert prepacked.of(layer, drawn(3, 8)) is None
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_weights_that_change_afterwards(kind):
+    """A merged adapter's, another tensor's: what the layer holds counts, arranged or not."""
+    layer = (nn.Linear(48, 37) if kind == "linear" else Conv1D(37, 48)).to(BF16)
+    layer.requires_grad_(False)
+    prepack([layer], BF16)
+    x = drawn(70, 48)
+    before = ops.linear(layer, x)
+    assert prepacked.of(layer, x) is not None
+    copied = copy.deepcopy(layer)
+    assert prepacked.of(copied, x) is None and torch.equal(copied(x), layer(x))
+    layer.weight.mul_(2).add_(1)
+    assert prepacked.of(layer, x) is None
+    assert torch.equal(ops.linear(layer, x), layer(x)) and not torch.equal(before, layer(x))
+    prepack([layer], BF16)
+    assert prepacked.of(layer, x) is not None
+    near(ops.linear(layer, x), layer(x).float())
+    layer.weight = nn.Parameter(layer.weight * 3, requires_grad=False)
+    assert prepacked.of(layer, x) is None
 
 
 def test_operators_that_are_gone_or_wrong(monkeypatch):

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoTokenizer, DataCollatorWithPadding, TrainerCallback
 
 from lpt_fast.train.collators import Padding, pad
+from lpt_fast.train.quick_steps import QuickSteps
 from lpt_fast.train.trainer import find_late_prompt
 from tests.train.cases import Seen, model_of, on_text, rows, stock, trained
 
@@ -39,6 +40,24 @@ def test_norms_and_operations_are_trainers(norm, tmp_path):
     assert found[0][3] == found[1][3] > 0
     for name, value in found[0][2].items():
         torch.testing.assert_close(found[1][2][name], value, atol=1e-5, rtol=1e-5)
+
+
+def test_the_norm_is_trainers_to_the_bit(tmp_path, monkeypatch):
+    """Sums of squares round, so the order of the gradients counts: the model's and not the
+    optimiser's, whose groups with and without weight decay it goes by.
+    """
+    pairs, own = [], QuickSteps._clip_grad_norm
+
+    def clip(self, model):
+        order = [p for p in model.parameters() if p.grad is not None]
+        groups = [p for group in self.optimizer.param_groups for p in group["params"]]
+        assert [id(p) for p in order] != [id(p) for p in groups]
+        pairs.append((torch.nn.utils.get_total_norm([p.grad for p in order]), own(self, model)))
+        return pairs[-1][1]
+
+    monkeypatch.setattr(QuickSteps, "_clip_grad_norm", clip)
+    on_text(model_of(), tmp_path).train()
+    assert len(pairs) == 12 and all(torch.equal(*pair) for pair in pairs)
 
 
 def test_an_optimiser_of_ones_own_has_not_all_that_trains(tmp_path):
