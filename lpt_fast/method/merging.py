@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..backbone.arguments import CACHE_NAMES
+
 
 def merged(outputs: list, texts: list[tuple[int, ...]], calls: list[dict], causal: bool):
     """One output in the order of the call's texts.
@@ -29,7 +31,8 @@ def merged(outputs: list, texts: list[tuple[int, ...]], calls: list[dict], causa
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
     fields = {}
     names = dict.fromkeys(name for out in outputs for name in out)
-    names.pop("past_key_values", None)  # (by default, of a model that generates)
+    for name in CACHE_NAMES:
+        names.pop(name, None)  # (by default, of a model that generates)
     for name in names:
         values = [out.get(name) for out in outputs]
         if name == "loss":
@@ -120,6 +123,6 @@ def generated(outputs: list, texts: list[tuple[int, ...]], pad: int):
             fields[name] = joined([v[:, None] for v in values], 0.0).flatten()
         elif name == "beam_indices":
             continue  # (of each group's own rows)
-        elif name not in ("sequences", "past_key_values"):
+        elif name not in ("sequences", *CACHE_NAMES):
             raise _no_common_form(name)
     return type(outputs[0])(**fields)
