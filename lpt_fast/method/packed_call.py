@@ -22,18 +22,27 @@ from transformers.modeling_outputs import (
 
 from ..backbone.arguments import given_cache, set_cache
 from ..backbone.lower import run_lower
+from ..backbone.watch import spine
 from ..insertion.padded_layout import check
 from ..packed.attention import without_autocast
 from ..packed.compute import with_filler
 from ..packed.held import HeldRows
 from ..packed.plan import Plan
-from ..packed.stack import first_updated, run_layers, run_packed, why_padded
+from ..packed.stack import (
+    first_updated,
+    run_layers,
+    run_packed,
+    why_not_its_own,
+    why_padded,
+)
 from ..packing import PackedBatch
 from .cached_call import layer_dtype, outputs_asked, rows_dtype
 from .context import Call, attended
 from .readout import head_reads, last_column
 
 logger = logging.getLogger(__name__)
+
+LITTLE = 1 / 32  # of all places: with less padding nothing is won below the insertion
 
 
 @dataclass
@@ -354,7 +363,7 @@ def run_call(late, call: Call, inputs: dict, kwargs: dict):
 @torch.no_grad()
 def lower_states(late, k: int, inputs: dict) -> Tensor:
     """Output of layer k, [B, S, D], of texts that run packed above it. On a CPU plain layers below
-    it run packed too, and what stands at padding is zero then.
+    it run packed too where that saves something, and what stands at padding is zero then.
 
     Args:
         late: the LatePrompt.
@@ -363,9 +372,7 @@ def lower_states(late, k: int, inputs: dict) -> Tensor:
     """
     backbone, family = late.backbone, late.family
     tokens, positions = tokens_of(late, inputs)
-    # (On a GPU this was not tried. Without padding there is nothing to gain.)
-    packs = tokens is not None and not tokens.is_cuda and not bool(tokens.all())
-    if not packs or why_padded(backbone, family, 0, tokens.shape[1], False, late.plain) is not None:
+    if not _packs_below(late, tokens):
         return run_lower(backbone, family, k, inputs).last_hidden_state
     embedded = run_lower(backbone, family, 0, inputs).last_hidden_state
     rows = Rows.of_text(embedded, tokens, positions, 0)
@@ -381,6 +388,20 @@ def lower_states(late, k: int, inputs: dict) -> Tensor:
         first=False,
     )
     return rows.padded(out)
+
+
+def _packs_below(late, tokens: Tensor | None) -> bool:
+    """Whether all layers are plain, what they hang in too, and there is padding."""
+    # (On a GPU it was not tried.)
+    if tokens is None or tokens.device.type != "cpu":
+        return False
+    if int(tokens.sum()) > (1 - LITTLE) * tokens.numel():
+        return False
+    backbone, family = late.backbone, late.family
+    holders = spine(backbone, family)[1:]  # whose forward would run on embeddings
+    return all(why_not_its_own(holder) is None for holder in holders) and (
+        why_padded(backbone, family, 0, tokens.shape[1], False, late.plain) is None
+    )
 
 
 def tokens_of(late, inputs: dict) -> tuple[Tensor | None, Tensor | None]:

@@ -46,7 +46,9 @@ class _AfterPeft(importlib.abc.MetaPathFinder):
         if self._looking:
             return None
         if fullname != "peft":
-            if "peft" in sys.modules and self._loaded:
+            # (Not for a module of ours, which would be there twice: registering may import it.)
+            own = fullname.split(".")[0] == PACKAGE
+            if "peft" in sys.modules and self._loaded and not own:
                 self._looking = True
                 try:
                     register()

@@ -84,7 +84,7 @@ def prepack(modules, dtype: torch.dtype) -> None:
 
 def of(module: nn.Module, x: Tensor) -> Prepacked | None:
     """What `prepack` gave a module, for rows in its dtype; None, too, where its weight has changed
-    since (an adapter was merged into it).
+    since. (Not seen: writing through `.data`, which hides from PyTorch's version counters.)
     """
     packed, state = module.__dict__.get("prepacked", (None, None))
     fits = packed is not None and x.dtype == torch.bfloat16 and state == _state(module)
@@ -93,8 +93,9 @@ def of(module: nn.Module, x: Tensor) -> Prepacked | None:
 
 def _state(module: nn.Module) -> tuple:
     weight = module.weight
-    # (Tensors of inference mode have no version.)
-    return weight.data_ptr(), None if weight.is_inference() else weight._version
+    # (Tensors of inference mode have no version. A bias is read where it is.)
+    version = None if weight.is_inference() else weight._version
+    return weight.data_ptr(), version, id(module.bias)
 
 
 @lru_cache

@@ -122,24 +122,34 @@ def _why_changed(block, layers, modules) -> str | None:
             return f"a layer has a {type(wrong[0]).__name__} in place of its own module"
     for part in modules:
         for module in part.modules():
-            own = module.__dict__
-            if not (_is_transformers(type(module)) or type(module).__module__[:6] == "torch."):
-                return f"{type(module).__name__} stands in a layer above the insertion"
-            hooks = [*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()]
-            if "forward" in own or not all(map(_is_capturing, hooks)):
-                return f"a {type(module).__name__} above the insertion has a hook"
-            if own["_backward_hooks"] or own.get("_backward_pre_hooks"):
-                return f"a {type(module).__name__} above the insertion has a backward hook"
+            reason = why_not_its_own(module)
+            if reason is not None:
+                return reason
             if module.training and isinstance(module, nn.Dropout) and module.p > 0:
                 return "the layers above the insertion have active dropout (upper_dropout)"
             if _attention_drops(module):
                 return "attention above the insertion has active dropout (upper_dropout)"
-            for p in own["_parameters"].values():
+            for p in module._parameters.values():
                 if p is not None and is_quantised(p):
                     kind = f"{type(module).__name__} above the insertion is a {type(p).__name__}"
                     return f"a weight of {kind} (quantised)"
                 if p is not None and p.requires_grad:
                     return f"a weight of {type(module).__name__} above the insertion trains"
+    return None
+
+
+def why_not_its_own(module: nn.Module) -> str | None:
+    """Why a module runs more than the code of a class of Transformers or PyTorch; None: it does
+    not.
+    """
+    own, name = module.__dict__, type(module).__name__
+    if not (_is_transformers(type(module)) or type(module).__module__[:6] == "torch."):
+        return f"{name} stands in a layer above the insertion"
+    hooks = [*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()]
+    if "forward" in own or not all(map(_is_capturing, hooks)):
+        return f"a {name} above the insertion has a hook"
+    if own["_backward_hooks"] or own.get("_backward_pre_hooks"):
+        return f"a {name} above the insertion has a backward hook"
     return None
 
 

@@ -19,6 +19,9 @@ ORDERS = (
     "import lpt_fast.method.generators, peft; from lpt_fast import LPTConfig; LPTConfig()",
     "import lpt_fast.method.late_prompt, peft, wave",
     "from lpt_fast.backbone.families import FAMILIES; import peft",
+    # Each module once, also where the one before has imported PEFT.
+    "from lpt_fast.method import packed_call, one_pass, mixed; import peft, wave; "
+    "assert mixed.joint_outputs.__globals__ is vars(one_pass)",
 )
 # A fork for each order, of a process that has loaded what has no part in it.
 IN_FORKS = """

@@ -16,6 +16,8 @@ from tests.tiny import CAUSAL, LAYERS, batch
 
 FAMILIES = ["bert", "roberta", "xlm-roberta", "electra", "mpnet"]
 FAMILIES += ["gpt2", "llama", "mistral", "qwen2", "qwen3"]
+OWN_CODE = ["hook", "dropout", "class", "holder's hook", "holder's class"]
+OWN_CODE += ["no mask", "little padding"]
 
 
 def made(family, dtype=torch.float64, **config):
@@ -103,10 +105,13 @@ def test_bf16_is_as_near_as_the_model_s_own(family, autocast):
     assert 0 < (got - expected).norm() <= 2 * (plain - expected).norm()
 
 
-@pytest.mark.parametrize("what", ["hook", "dropout", "class", "no mask", "no padding"])
+@pytest.mark.parametrize(
+    "what",
+    ["hook", "dropout", "class", "holder's hook", "holder's class", "no mask", "little padding"],
+)
 def test_layers_that_are_not_plain(what, layers_run):
-    """A user's hook, active dropout (which the lower half never has), another class, texts
-    without padding: the model's own code.
+    """A user's hook, active dropout (which the lower half never has), another class, of a layer or
+    of what they hang in, texts with next to no padding: the model's own code.
     """
     late = made("bert")
     inputs = asked("bert", batch())
@@ -114,8 +119,10 @@ def test_layers_that_are_not_plain(what, layers_run):
     assert layers_run.pop() == 0
     if what == "no mask":
         del inputs["attention_mask"]
-    elif what == "no padding":
-        inputs["attention_mask"].fill_(1)
+    elif what == "little padding":  # one place of 66, where 31 of 32 must be tokens
+        inputs["input_ids"] = torch.arange(66).view(6, 11)
+        inputs["attention_mask"] = torch.ones(6, 11).long()
+        inputs["attention_mask"][3, -1] = 0
     expected = own_code(late, 2, dict(inputs))
     below = get_layers(late.backbone, late.family)[0]
     seen = []
@@ -124,10 +131,14 @@ def test_layers_that_are_not_plain(what, layers_run):
     elif what == "dropout":
         below.output.dropout.p = 0.5
         below.train()
+    elif what == "holder's hook":
+        late.backbone.encoder.register_forward_hook(lambda *args: seen.append(1))
+    elif what == "holder's class":
+        late.backbone.encoder.__class__ = type("Mine", (type(late.backbone.encoder),), {})
     elif what == "class":
         below.output.dense.__class__ = type("Mine", (torch.nn.Linear,), {})
     got = lower_states(late, 2, dict(inputs))
-    assert layers_run == [2] and torch.equal(got, expected) and bool(seen) == (what == "hook")
+    assert layers_run == [2] and torch.equal(got, expected) and bool(seen) == ("hook" in what)
 
 
 def test_padding_is_not_computed():

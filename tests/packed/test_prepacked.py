@@ -78,7 +78,7 @@ def test_other_dtypes_stay_as_they_are(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 def test_weights_that_change_afterwards(kind):
-    """A merged adapter's, another tensor's: what the layer holds counts, arranged or not."""
+    """Written to, or another tensor: what the layer holds counts, arranged or not."""
     layer = (nn.Linear(48, 37) if kind == "linear" else Conv1D(37, 48)).to(BF16)
     layer.requires_grad_(False)
     prepack([layer], BF16)
@@ -93,6 +93,9 @@ def test_weights_that_change_afterwards(kind):
     prepack([layer], BF16)
     assert prepacked.of(layer, x) is not None
     near(ops.linear(layer, x), layer(x).float())
+    layer.bias = nn.Parameter(layer.bias + 1, requires_grad=False)
+    assert prepacked.of(layer, x) is None
+    prepack([layer], BF16)
     layer.weight = nn.Parameter(layer.weight * 3, requires_grad=False)
     assert prepacked.of(layer, x) is None
 
