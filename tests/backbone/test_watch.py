@@ -212,4 +212,4 @@ def test_copies_and_files_begin_anew():
     late = late_of(model)
     assert late._modes is not None and isinstance(late.plain[K], Watch)
     for twin in (copy.deepcopy(late), pickle.loads(pickle.dumps(late))):
-        assert twin._modes is None and twin.plain == {K: None}
+        assert twin._modes is None and twin.plain == {K: None, 0: None}
