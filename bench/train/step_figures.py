@@ -22,7 +22,8 @@ MIB = 2**20
 
 
 class StepFigures:
-    """Mixed into the Bench: `settings`, `texts`, `zoo`, `batches`, `filled`, `epoch_steps`."""
+    """Mixed into the Bench: `settings`, `texts`, `zoo`, `batches`, `filled`, `starts`,
+    `epoch_steps`."""
 
     def _step_figures(self, contestants, peaks: dict[tuple, int]) -> Iterator[Figure]:
         lengths = self.texts.lengths

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     DataCollatorWithPadding,
     PrinterCallback,
@@ -120,12 +119,9 @@ class WholeLoop:
             return DataCollatorWithPadding(self.texts.tokenizer)
 
         def pad(examples: list[dict]) -> dict[str, Tensor]:
-            ids = [torch.tensor(e["input_ids"]) for e in examples]
-            full = pad_sequence(ids, batch_first=True, padding_value=self.texts.pad_id)
-            sizes = torch.tensor([len(x) for x in ids])
-            mask = (torch.arange(full.shape[1]) < sizes[:, None]).long()
             labels = torch.tensor([e["labels"] for e in examples])
-            return {"input_ids": full, "attention_mask": mask, "labels": labels}
+            batch = replace(self.texts, examples=examples, labels=labels)
+            return batch.collate(range(len(examples)), torch.device("cpu"))
 
         return pad
 

@@ -137,8 +137,7 @@ class Classifier:
         self._cast = True
         self.model.to(torch.bfloat16)
         # Nothing of it changes any more.
-        layers = get_layers(backbone, family)
-        prepack([m for layer in layers for m in layer.modules()], torch.bfloat16)
+        prepack(get_layers(backbone, family), torch.bfloat16)
 
     def _checked(self, max_length: int) -> int:
         _, backbone, family = find_backbone(self._base)

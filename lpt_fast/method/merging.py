@@ -30,10 +30,9 @@ def merged(outputs: list, texts: list[tuple[int, ...]], calls: list[dict], causa
     order = torch.tensor([number for own in texts for number in own])
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
     fields = {}
-    names = dict.fromkeys(name for out in outputs for name in out)
-    for name in CACHE_NAMES:
-        names.pop(name, None)  # (by default, of a model that generates)
-    for name in names:
+    for name in dict.fromkeys(name for out in outputs for name in out):
+        if name in CACHE_NAMES:
+            continue  # (by default, of a model that generates)
         values = [out.get(name) for out in outputs]
         if name == "loss":
             sums = calls[0].get("num_items_in_batch") is not None  # (divided by it already)

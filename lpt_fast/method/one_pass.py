@@ -19,16 +19,9 @@ from . import cached_call as cached
 from .call_inputs import check_inputs, give_each_a_token
 from .context import Call
 from .groups import BASE, Group, entries_of, running
-from .packed_call import (
-    Rows,
-    context_of,
-    fill,
-    lower_states,
-    output_of,
-    readout_of,
-    takes_packed,
-    tokens_of,
-)
+from .packed_call import context_of, fill, output_of, readout_of, takes_packed
+from .packed_lower import lower_states
+from .packed_rows import Rows, tokens_of
 from .readout import READOUT, checked_places
 
 # Arguments of a call that the pass knows; with others each adapter's texts run by themselves.
@@ -96,13 +89,14 @@ def _lower(late, groups, configs, batch, inputs, others):
         inputs = {"attention_mask": batch.mask().long()}
         if batch.position_ids is not None:
             inputs["position_ids"] = batch.pad(batch.position_ids)
-    else:
+    tokens, positions = tokens_of(late, inputs)
+    if batch is None:
         more = {"return_dict": True}
         if family.causal:
             more["use_cache"] = False
-        made = lower_states(late, layers[0], {**inputs, **others, **more})
+        inputs = {**inputs, **others, **more}
+        made = lower_states(late, layers[0], inputs, tokens, positions)
         lowest = cache(lambda: made)
-    tokens, positions = tokens_of(late, inputs)
     states = {layers[0]: (lowest, None)}
     if len(layers) > 1:
         hidden = lowest()

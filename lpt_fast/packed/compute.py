@@ -90,7 +90,7 @@ class ComputeCopy(Remembered):
         layers = list(get_layers(backbone, family))
         copies = [cast_copy(layer, dtype) for layer in layers[k:]]
         if weights and weights[0].device.type == "cpu":
-            prepack([m for copied in copies for m in copied.modules()], dtype)
+            prepack(copies, dtype)
         self.backbone = cut_copy(backbone, family.layers, [*layers[:k], *copies])
         for name in family.after:
             if getattr(self.backbone, name, None) is not None:

@@ -224,7 +224,7 @@ class UpperGraphs:
         return len(self._made)
 
     def bucket(self, rows, readout: bool, place, autocast: torch.dtype | None) -> Bucket:
-        """That of a batch (packed_call.Rows); arguments else as of `run`."""
+        """That of a batch (packed_rows.Rows); arguments else as of `run`."""
         late, plan = self._late, rows.plan
         tokens = plan.rows - plan.texts * plan.m
         size = _rounded(plan.longest, size_step(plan.longest))
@@ -250,7 +250,7 @@ class UpperGraphs:
         """The output rows by a graph; None where the batch has none and must run by itself.
 
         Args:
-            rows: the batch, a packed_call.Rows.
+            rows: the batch, a packed_rows.Rows.
             context_ends: int32 [B] of decoders, as of `UpperRows`.
             readout, place: whether one token is read of each text, int64 [B] (None: the first).
         """

@@ -7,6 +7,7 @@ for inference; its operators are used here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property, lru_cache
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from ..backbone.watch import Remembered
+from ..backbone.watch import Remembered, descendants
 
 ROWS = 1024  # of a product that the arrangement is chosen for; others run on it too
 
@@ -72,11 +73,13 @@ def _arranged(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
 
 
-def prepack(modules, dtype: torch.dtype) -> None:
-    """Gives linear layers, whose weights are frozen and in `dtype`, their `prepacked`."""
+def prepack(parts: Iterable[nn.Module], dtype: torch.dtype) -> None:
+    """Gives linear layers in some parts of a model, whose weights are frozen and in `dtype`, their
+    `prepacked`.
+    """
     if dtype != torch.bfloat16 or not known():
         return
-    for module in modules:
+    for module in descendants(parts):
         if type(module) in (nn.Linear, Conv1D):
             weight = module.weight if type(module) is nn.Linear else module.weight.t()
             module.__dict__["prepacked"] = Prepacked(weight, module.bias), _state(module)

@@ -4,11 +4,14 @@ tasks.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
+from bench.__main__ import app
 from bench.data import Source
 from tests.tiny import tiny
 
@@ -27,3 +30,15 @@ def small_source(folder: Path, tasks: tuple[str, ...], splits: tuple[str, ...]) 
             lines = [f"{TEXTS[i % 4]} {i}\t{'yes' if i % 2 else 'no'}" for i in range(40)]
             (folder / task / f"{split}.tsv").write_text("\n".join(["text\tlabel", *lines, ""]))
     return Source(folder, str(folder / "model"))
+
+
+def call(source: Source, command: str, *arguments):
+    """What a command of the benchmark gave."""
+    options = ["--data", str(source.data), "--model", source.model]
+    return CliRunner().invoke(app, [command, *options, *map(str, arguments)])
+
+
+def lines_of(path, part: str | None = None) -> list[dict]:
+    """The lines of a file of results; with `part`, those alone."""
+    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [line for line in lines if part in (None, line["part"])]

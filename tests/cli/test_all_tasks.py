@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from lpt_fast import predict_all
 from lpt_fast.cli.all_tasks import Classifiers, named
 from lpt_fast.cli.inference import Classifier, tokens_on
-from lpt_fast.method import one_pass, packed_call
+from lpt_fast.method import one_pass, packed_lower
 from lpt_fast.packed import prepacked
 from lpt_fast.packed.prepacked import Prepacked
 from tests.adapters import lpt
@@ -92,8 +92,8 @@ def test_one_adapter_from_the_embeddings_on(trained, monkeypatch, dtype):
     """No layer pads, and in bf16 the frozen weights of all of them are arranged once."""
     arranges = dtype == "bfloat16" and prepacked.known()
     asked, products = [], []
-    lower, product = packed_call.run_lower, Prepacked.forward
-    monkeypatch.setattr(packed_call, "run_lower", lambda *a: asked.append(a[2]) or lower(*a))
+    lower, product = packed_lower.run_lower, Prepacked.forward
+    monkeypatch.setattr(packed_lower, "run_lower", lambda *a: asked.append(a[2]) or lower(*a))
     monkeypatch.setattr(Prepacked, "forward", lambda *a: products.append(id(a[0])) or product(*a))
     got = single(trained["films"], compute_dtype=dtype)
     assert asked == [0]

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lpt_fast.backbone.families import find_backbone, get_layers
 from lpt_fast.backbone.lower import run_lower
-from lpt_fast.method import packed_call
-from lpt_fast.method.packed_call import lower_states
+from lpt_fast.method import packed_lower
+from lpt_fast.method.packed_rows import tokens_of
 from lpt_fast.packed.blocks import BLOCKS
 from tests.packed.cases import pair, still
 from tests.tiny import CAUSAL, LAYERS, batch
@@ -35,13 +35,17 @@ def layers_run(monkeypatch):
         seen.append(k)
         return run_lower(backbone, family, k, inputs)
 
-    monkeypatch.setattr(packed_call, "run_lower", run)
+    monkeypatch.setattr(packed_lower, "run_lower", run)
     return seen
 
 
 def asked(family, inputs):
     more = {"use_cache": False} if family in CAUSAL else {}
     return {**inputs, **more, "return_dict": True}
+
+
+def lower_states(late, k, inputs):
+    return packed_lower.lower_states(late, k, inputs, *tokens_of(late, inputs))
 
 
 def own_code(late, k, inputs):
